@@ -91,7 +91,7 @@ def read_png_header(file: Path, sizes: Collection[int] | None, *, colours: bool 
         raise _damaged(file, "its header says what no PNG has")
     name, samples = _COLOURS[colour]
     if samples > 1 and not colours:
-        remedy = "a mask has one channel, and in it label ids"
+        remedy = "a mask has one channel: save it as grey, each pixel a label id (0 is background)"
         raise problem(file, "PNG", f"{name} pixels", remedy)
     if sizes is None:
         if not 0 < width * height <= _MOST_PIXELS:

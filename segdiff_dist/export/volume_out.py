@@ -29,11 +29,12 @@ def is_dicom(out: Path) -> bool:
     return not out.suffix
 
 
-def kind_problems(out: Path, affine: np.ndarray | None) -> list[Problem]:
-    """Why the kind of file cannot be written; `affine`: of the mask, if it could be read."""
+def kind_problems(out: Path, affine: np.ndarray | None, others: tuple[str, ...] = ()) -> list[Problem]:
+    """Why the kind of file cannot be written; `affine`: of the mask, if it could be read; `others`: endings that the
+    caller writes."""
     if not is_dicom(out) and not out.name.endswith(ENDINGS):
-        remedy = f"let it end in {', '.join(ENDINGS)}; a folder of DICOM files has no ending"
-        return [Problem(str(out), "output", "no name of a volume", remedy)]
+        remedy = f"let it end in {', '.join((*others, *ENDINGS))}; a folder of DICOM files has no ending"
+        return [Problem(str(out), "output", f"no name of {'an image' if others else 'a volume'}", remedy)]
     try:
         if is_dicom(out):
             require_dicom(out)

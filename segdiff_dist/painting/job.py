@@ -270,7 +270,7 @@ def out_problems(out: Path, mask: MaskFile, model: Model, modality: str) -> list
             remedy = "a PNG holds one slice: let the name end in .nii.gz, .mha or .nrrd, or give a folder for DICOM"
             problems.append(Problem(str(out), "output", f"a PNG for a mask of {len(mask.shape)} dimensions", remedy))
         return problems
-    problems += kind_problems(out, mask.affine)
+    problems += kind_problems(out, mask.affine, (PNG,) if mask.is_flat else ())
     if is_dicom(out) and dicom_kind(modality, model.is_in_hu(modality)) is None:
         problems += problems_without_kind(out, [modality])
     return problems

@@ -91,7 +91,8 @@ def open_mask(
 def _opened(mask: Any, affine: np.ndarray | None, grid_mm: float) -> MaskFile:
     if not isinstance(mask, str | Path):
         if (mode := getattr(mask, "mode", None)) is not None and len(mask.getbands()) > 1:  # a PIL image
-            raise problem("mask", "image", f"{mode} pixels", "a mask has one channel, and in it label ids")
+            remedy = "a mask has one channel: save it as grey, each pixel a label id (0 is background)"
+            raise problem("mask", "image", f"{mode} pixels", remedy)
         return _of_array(np.asarray(mask), affine, grid_mm)
     file = Path(mask)
     name = file.name.lower()

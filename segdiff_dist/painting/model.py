@@ -13,7 +13,7 @@ from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LabelTable
 from data_shards.modalities import is_in_hu
-from data_shards.problems import InputProblems, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.experiment import CONFIG_FILE, load_experiment
 from segdiff_dist.export.model_set import ModelSet, refuse_other_set
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 Device = Literal["auto", "cpu", "cuda"]
+_FLAGS = {"sample.sampler.num_steps": "--steps", "sample.sampler.guidance": "--guidance"}
 _NOT_KNOWN = (
     "{}: how its slices were cut is not known: the defaults of `segdiff prepare` are taken (CT from -256 to 256 HU). "
     "Export the run again with --data SHARDS to keep it"
@@ -81,8 +82,16 @@ class Model:
         sampler = self.pipeline.sampler
         sampler = sampler if steps is None else replace(sampler, num_steps=steps)
         sampler = sampler if guidance is None else replace(sampler, guidance=guidance)
-        refuse(sampler.problems(self.pipeline.diffusion))
+        refuse(map(_of_flag, sampler.problems(self.pipeline.diffusion)))
         return replace(self, pipeline=replace(self.pipeline, sampler=sampler))
+
+
+def _of_flag(found: Problem) -> Problem:
+    """A problem of a sampler's setting, as one of the flag that sets it here."""
+    flag = _FLAGS.get(found.field)
+    if flag is None:
+        return found
+    return replace(found, where="command line", field=flag, remedy=found.remedy.removesuffix(", or null"))
 
 
 def open_model(

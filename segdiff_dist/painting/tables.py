@@ -95,12 +95,12 @@ def matched(names: Names, table: LabelTable, where: str, others: OtherLabels = "
 
 def unknown_labels(where: str, unknown: Mapping[int, str | None], table: LabelTable, source: str) -> Problem:
     """The problem with ids that a mask shows and the model does not know."""
-    known = ", ".join(name for name in table.names[1:] if name != UNUSED)
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(table.names) if i and name != UNUSED)
     remedy = (
-        f"the model knows {known}: say what they are with --labels FILE (id: name), or give --other-labels body or "
-        f"background"
+        f"the model knows {known}: say what your ids mean with --labels FILE (id: name), or give --other-labels body "
+        f"or background"
     )
-    return Problem(where, f"labels by {source}", f"not of the model: {_listed(unknown)}", remedy)
+    return Problem(where, f"labels by {source}", f"the mask has {_listed(unknown)}", remedy)
 
 
 def _listed(names: Mapping[int, str | None]) -> str:

@@ -28,6 +28,8 @@ from segdiff_dist.cli import main
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import check_model
 from segdiff_dist.painting.api import Model
+from segdiff_dist.painting.job import out_problems
+from segdiff_dist.painting.masks import open_mask
 from segdiff_dist.painting.places import model_folder
 from segdiff_dist.pipeline import CardParts, Extras, SegGuidedPipeline
 
@@ -247,7 +249,8 @@ def test_what_is_refused(model: Model, organs: np.ndarray, tmp_path: Path) -> No
     refused("99.*--labels", tmp_path / "unknown.nii.gz")
     refused("voxel axes must span space", tmp_path / "nan.nii")
     refused("degrees off a right angle", volume, affine=np.diag([1.0, 1, 1, 1]) + 0.5 * np.eye(4, k=1) * [0, 1, 0, 0])
-    refused("RGB pixels", Image.fromarray(np.stack([organs] * 3, axis=-1)))
+    refused("RGB pixels.*save it as grey.*0 is background", Image.fromarray(np.stack([organs] * 3, axis=-1)))
+    refused("the mask has 99;.*1 spleen, 2 kidney_right", np.full((8, 8), 99, np.uint8))
     refused("--seed: 1.5", organs, seed=1.5)
     refused("--seed: 7", organs, seed="7")
     refused("labels: 5", organs, labels=5)
@@ -268,6 +271,14 @@ def test_what_is_refused(model: Model, organs: np.ndarray, tmp_path: Path) -> No
     refused("the ending .jpg", tmp_path / "photo.jpg")
     with pytest.raises(InputProblems, match="a PNG for a mask of 3 dimensions"):
         segdiff_dist.paint(np.full((4, 4, 4), LIVER, np.uint8), model).save(tmp_path / "volume.png")
+    for steps, guidance, named in (
+        (0, None, "command line: --steps: 0; .* at least 1$"),
+        (None, -1.0, "--guidance: -1"),
+    ):
+        with pytest.raises(InputProblems, match=named):
+            model.with_sampler(steps, guidance)
+    [problem] = out_problems(tmp_path / "new.jpg", open_mask(organs, grid_mm=1.0), model, "CT")
+    assert problem.remedy.startswith("let it end in .png, .nii.gz")
 
 
 def test_models_from_elsewhere(
