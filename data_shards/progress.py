@@ -14,7 +14,7 @@ from tqdm import tqdm
 QUIET = "SEGDIFF_QUIET"
 # Seconds between the lines in a file.
 _LINE_EVERY_S = 30.0
-_LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+_LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool = False, **settings: Any) -> Any:

@@ -28,6 +28,8 @@ from data_shards.problems import InputProblems, Problem, problem
 
 # The value of prepare.labels that means AMOS' table instead of a file.
 AMOS_BY_NAME = AMOS.name
+# How the names of data sets' own tables begin.
+OWN = "own-"
 _REMEDY = "give `name`, `names` and, where needed, `label_map` (docs/data.md 3)"
 _MOST_BYTES = 256 * 1024
 _LONGEST_NAME = 100
@@ -132,7 +134,7 @@ def _own(names: dict[int, str]) -> Labelling:
     kept = [(stored, name) for stored, name in sorted(names.items()) if stored != 0]
     classes = [name for _, name in kept]
     digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:_DIGITS]
-    table = _table_of(f"own-{digest}", classes, "labels")
+    table = _table_of(f"{OWN}{digest}", classes, "labels")
     return Labelling(table, {0: 0} | {stored: table.names.index(name) for stored, name in kept}, is_own=True)
 
 

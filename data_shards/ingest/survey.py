@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.ingest.cases import Case, Listing
 from data_shards.ingest.dicom_series import DicomSeries
-from data_shards.ingest.label_tables import Labelling, coloured, find_labelling, has_table
+from data_shards.ingest.label_tables import OWN, Labelling, coloured, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.exports import own_colours
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
@@ -28,12 +28,13 @@ from data_shards.ingest.splits import (
     with_splits,
 )
 from data_shards.ingest.volume_files import stem
-from data_shards.labels import FROM_EXPERTS
+from data_shards.labels import FROM_EXPERTS, LabelTable, shown_name
 from data_shards.modalities import MODALITIES, grey_rule, in_order, modalities_of
 from data_shards.problems import Problem
 from data_shards.records import SPLITS
 
 _AMOS = "amos"
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,9 @@ class Survey:
     @property
     def described(self) -> str:
         """The layout with its reason, the classes, and the cases of each split."""
-        table = self.labelling.table
         splits = Counter(case.split for case in self.cases)
         counted = ", ".join(f"{splits[split]} {split}" for split in SPLITS)
-        classes = f"{len(table.organ_ids)} classes of {table.name}"
-        return f"layout: {self.layout} ({self.recognised.reason}); {classes}; cases: {counted}"
+        return f"layout: {self.layout} ({self.recognised.reason}); {_in_words(self.labelling.table)}; cases: {counted}"
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -70,6 +69,16 @@ class Survey:
         if modalities != MODALITIES:
             own["modalities"] = list(modalities)
         return own | self.labelling.recorded
+
+
+def _in_words(table: LabelTable) -> str:
+    """How many classes a table has, and its name, or theirs if it is the data set's own."""
+    number = len(table.organ_ids)
+    if not table.name.startswith(OWN):
+        return f"{number} classes of {table.name}"
+    names = [shown_name(table.names[i]) for i in table.organ_ids[:_MOST_NAMES]]
+    more = f" and {number - len(names)} more" if number > len(names) else ""
+    return f"{number} class{'' if number == 1 else 'es'}: {', '.join(names)}{more}"
 
 
 def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:

@@ -179,7 +179,7 @@ def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     for words in (
         "layout: nnunet (dataset.json has channel_names",
-        "2 classes of own-",
+        "2 classes: ",
         "cases: 1 train, 1 val, 1 test",
         "images: 94",  # two of 43 mm, and eight of 1 mm
         "time: ",

@@ -23,7 +23,7 @@ def test_a_file_gets_whole_lines_now_and_then(capsys: pytest.CaptureFixture[str]
     assert "\r" not in shown
     assert "\x1b" not in shown
     begun, ended, *others = shown.splitlines()
-    assert begun.startswith("train: 0 %, 0 of 500, 00:00 gone, ? left")
+    assert begun.startswith("train: 0 %, 0 of 500, 00:00 elapsed, ? left")
     assert ended.startswith("train: 100 %, 500 of 500, ")
     assert ended.endswith("img/s, loss 0.5")
     assert [line.split(",")[0] for line in others] == ["figures: 0 %", "figures: 100 %"]
@@ -56,4 +56,4 @@ def test_a_bar_that_is_left_at_the_end_of_the_interpreter_says_nothing() -> None
         "progress.kept = progress.progress_bar(total=3); progress.kept.update(1)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stderr == "0 %, 0 of 3, 00:00 gone, ? left, ?it/s\n"
+    assert ended.stderr == "0 %, 0 of 3, 00:00 elapsed, ? left, ?it/s\n"
