@@ -126,10 +126,12 @@ def requirement(hint: Any) -> str:
 
 
 def metavar(hint: Any) -> str | None:
-    """The same in the short form of a flag's help: `INT (1 or more)`. None if the type has no limits, since then its
-    name is enough."""
-    limits = _limits(hint)
-    return f"{_flag_name(hint)} ({', '.join(limits)})" if limits else None
+    """The same in the short form of a flag's help: `INT (1 or more)`, `PATH|None`. None if the type has no limits and
+    does not allow None, since then its name is enough."""
+    limits, base = _limits(hint), _split(hint)[0]
+    if limits:
+        return f"{_flag_name(hint)} ({', '.join(limits)})"
+    return _flag_name(hint) if is_union(base) and types.NoneType in get_args(base) else None
 
 
 def is_union(hint: Any) -> bool:

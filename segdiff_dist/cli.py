@@ -131,19 +131,22 @@ def _print_dry_run(stage: stages.Stage) -> None:
 
 def _overview() -> str:
     width = max(map(len, stages.NAMES))
-    lines = [f"    {name:<{width}}  {stages.summary(name)}" for name in stages.NAMES]
+    lines = []
+    for title, names in stages.GROUPS.items():
+        lines += [f"{title}:", *(f"    {name:<{width}}  {stages.summary(name)}" for name in names), ""]
     return "\n".join(
         [
             "usage: segdiff COMMAND [...]",
             "",
-            "Anatomically faithful CT and MR images from organ masks, at scale.",
+            "Train a diffusion model that makes CT and MR slices from organ masks, and measure its images.",
             "",
             *lines,
-            "",
-            "`segdiff COMMAND --help` lists a command's main flags, --help-all every flag, each of which is also a key",
-            "of the --config file; --dry-run prints the settings and the cost of the work. --quiet shows no progress,",
-            "--json prints the result or the error as one line of JSON, and all else on the error stream. --force",
-            "starts work that, by its estimated cost, does not fit into this machine.",
+            "`segdiff COMMAND --help` lists a command's main flags, --help-all every flag. Each is also a key of the",
+            "--config file, where null is written for None. Every command also takes",
+            "    --dry-run  print the settings and the cost of the work, and stop",
+            "    --quiet    show no progress",
+            "    --json     print the result or the error as one line of JSON, and all else on the error stream",
+            "    --force    start work that, by its estimated cost, does not fit into this machine",
             f"`segdiff {COMPLETION} bash` (or zsh, tcsh) prints a script that completes commands and flags.",
         ]
     )

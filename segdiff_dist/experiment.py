@@ -93,7 +93,7 @@ class Experiment:
         """A folder or URL that the stage cannot do without."""
         value: Path | str | None = getattr(self, name)
         if value is None:
-            raise problem("command line", name, "not given", f"name it there or as `{name}:` in the config file")
+            raise problem("command line", name, "not given", f"give it, or `{name}:` in the --config file")
         return str(value)
 
     def path(self, name: str) -> Path:

@@ -33,16 +33,16 @@ class PrepareConfig:
     """The layout of the folder. auto: it is recognised and printed."""
     labels: RecordedOtherwise[str | None] = None
     """The classes of the ids in label files: your own table (TABLE.yaml), or `amos`: AMOS' organs, by their names.
-    null: the archive's own classes."""
+    null: the data set's own classes."""
     label_set: Result[LabelSet] = "amos"
-    """amos: the archive's organs, AMOS' 15 or those that another layout names. wholebody: masks of a whole-body tool.
-    merged: the first over the second."""
+    """amos: the classes of the data set's own label files, in any layout. wholebody: those of --wholebody. merged:
+    both; where both have one, the data set's own counts."""
     axes: Result[Some[Axis]] = AXES
     """Axes along which volumes are cut."""
     modalities: Result[Some[Modality] | None] = None
     """The modalities whose cases are used. null: all."""
     modality: ResultWhereSet[Modality | None] = None
-    """The modality of every case of the archive, if dataset.json does not state it, or states it wrongly."""
+    """The modality of every case, CT, MR or another name, if dataset.json does not state it, or states it wrongly."""
     intensities: ResultWhereSet[dict[str, str]] = field(default_factory=dict)
     """By modality, how its values become grey, as {CBCT: hu -500 1500, PET: values 0 10}. hu: a window in HU.
     percentiles: of the volume. values: a window in the image's unit. Two numbers are the ends; without them those of
@@ -78,7 +78,7 @@ class PrepareConfig:
     spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0
     """Side of a pixel, in mm."""
     slice_stride: Result[Count] = 1
-    """One slice of this many is taken."""
+    """Every how many slices one is taken. 1 takes all, 3 every third."""
     fit: Result[Fit] = "auto"
     """crop: the middle square of the short side. pad: the whole slice, in a square of the long side. auto: crop axial
     slices and pad the others, in which cropping would cut the body."""
@@ -92,7 +92,8 @@ class PrepareConfig:
     intensity: Result[Intensity] = "window"
     """window: CT by hu_window, MR by its percentiles. paper: CT by hu_window and then by its percentiles too."""
     hu_window: Result[Annotated[tuple[_Hu, _Hu], RISING]] = (-256.0, 256.0)
-    """The HU that become the lowest and the highest grey value of CT."""
+    """The HU that become the lowest and the highest grey value of CT. The default is for soft tissue: lungs and bones
+    need a wider one, as -1000 1000."""
     mr_percentiles: Result[Annotated[tuple[_Percentile, _Percentile], RISING]] = (1.0, 99.0)
     """The percentiles that become the lowest and the highest grey value of MR."""
     bits: Result[Literal[8, 16]] = 8

@@ -40,23 +40,23 @@ class SampleConfig:
     num: Annotated[Result[Count | None], tyro.conf.arg(aliases=["--num"])] = 1024
     """Masks drawn from the source, from all patients and places. null takes all of them."""
     samples_per_mask: Result[Count] = 1
-    """Images made for each of `diverse_masks` masks (Figure 4). The others get 1."""
+    """Images made for each mask, with another seed each. If sample.diverse_masks is set, for that many masks; the
+    others get 1."""
     diverse_masks: Result[WholeNumber | None] = None
     """How many masks get samples_per_mask images: the modalities' first masks in turn. null: every mask."""
     target_modality: Result[Literal["same", "other"] | Modality] = "same"
-    """The modality to make: that of the mask's slice, another one of the model's, in turn, or one of them by name.
-    Another one than the mask's own is the paper's Figure 5."""
+    """The modality to make. same: that of the mask's slice. other: the model's other ones, in turn. Or one by name, as
+    CT or MR."""
     without_organs: Result[tuple[str, ...]] = ()
     """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
     cross_modality_masks: Result[WholeNumber] = 0
     """How many masks also get images in another modality: the modalities' first masks in turn."""
     seed: Result[int] = 0
-    """Seed of the masks that are drawn and of the noise, 0 or more. Images that an early version began with one below 0
-    are still made complete with it."""
+    """Seed of the noise, and of the masks that are drawn: 0 or more."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: Result[str] = "ema"
-    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights without an average. ema is the
-    first of train.ema_lengths."""
+    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights without EMA. ema is the first of
+    train.ema_lengths."""
     out: Annotated[Execution[Path | None], tyro.conf.arg(aliases=["--out"])] = field(
         default=None, metadata=FROM_A_PERSON
     )

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segdiff_dist.stages.base import Plan, Stage
 
-__all__ = ["NAMES", "Plan", "Stage", "load", "summary"]
+__all__ = ["GROUPS", "NAMES", "Plan", "Stage", "load", "summary"]
 
-# In the order the data goes: that of the help text.
-NAMES = (
-    *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "distil", "train-segmenter"),
-    *("train-autoencoder", "sample", "evaluate", "report", "export", "volume", "paint", "track", "demo", "reproduce"),
-    *("plan", "run", "studio", "serve", "doctor"),
-)
+# In the order of the help text: what a newcomer needs first; then the order the data goes.
+GROUPS = {
+    "to begin with": ("doctor", "demo", "studio", "paint"),
+    "your own data in one line": ("plan", "run"),
+    "stage by stage, in the order the data goes": (
+        *("phantom", "annotate", "prepare", "inspect", "convert", "train-segmenter", "train-autoencoder", "train"),
+        *("average", "distil", "sample", "evaluate", "report", "export"),
+    ),
+    "further": ("volume", "serve", "track", "reproduce"),
+}
+NAMES = tuple(name for names in GROUPS.values() for name in names)
 
 
 def load(name: str) -> type[Stage]:

@@ -1,4 +1,4 @@
-"""Whole-body masks for an archive, by TotalSegmentator or any command, on Ray; resumes."""
+"""Whole-body masks of volumes, by TotalSegmentator or any command; resumes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Annotate(ConfiguredStage):
     """Make the missing whole-body masks. Exit code 1 when some volumes got none."""
 
     less_memory: ClassVar = "--annotate.num-workers"
-    essential: ClassVar = ("--run", "--annotate.tool", "--annotate.command", "--annotate.num-workers")
+    essential: ClassVar = ("--annotate.tool", "--annotate.command", "--annotate.num-workers", "--run")
 
-    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None
-    """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    """The volumes: a folder as AMOS 2022 is, with dataset.json, imagesTr, labelsTr."""
     wholebody: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="WHOLEBODY")] = None
     """Folder of whole-body masks, <case id>.nii.gz."""
     run: Path | None = None
-    """The run folder, for the record."""
+    """A run folder in whose MLflow run this is recorded."""
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

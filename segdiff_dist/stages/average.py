@@ -1,4 +1,4 @@
-"""Weights averaged over another length, from the snapshots that training kept."""
+"""Weights averaged over another length after training (post-hoc EMA), from the snapshots that it kept."""
 
 from __future__ import annotations
 

@@ -45,20 +45,21 @@ class Budgeted(ConfiguredStage):
 
     writes: ClassVar = ("data", "run")
     essential: ClassVar = (
-        *("--hours", "--out", "--recipe", "--prepare.layout", "--prepare.labels", "--prepare.modality"),
-        *("--prepare.channel", "--prepare.size", "--prepare.axes", "--prepare.patient"),
+        *("--hours", "--out", "--recipe", "--config", "--prepare.modality", "--prepare.labels", "--prepare.patient"),
+        *("--prepare.size", "--prepare.axes", "--prepare.layout", "--prepare.channel"),
     )
 
     amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
-    """The volumes: a folder in any layout that `prepare` knows (docs/data.md)."""
+    """Your data: a folder of volumes and their label files, as nnU-Net, AMOS, MSD or TotalSegmentator have them, as
+    DICOM, or in images/ and labels/."""
     hours: float = 8.0
-    """The hours that all stages together may take on this machine."""
+    """The hours that all stages together may take on this machine: above 0."""
     out: Path | None = None
-    """The folder of everything: the plan (run.yaml), shards, run, the synthetic data set. null: runs/NAME, with DATA's
-    name."""
+    """The folder for everything: the plan (run.yaml), the slices, the run folder, the synthetic data set. null:
+    runs/NAME, with DATA's name."""
     recipe: str | None = None
-    """The shipped configuration to begin with. null: the best one that fits into machine and hours. What --config says
-    is kept in any case."""
+    """The shipped configuration to begin with: best_ct_mr, starter, amos_small or another. null: the best one that fits
+    into machine and hours. Values of --config are kept in any case."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     typed: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()

@@ -95,7 +95,7 @@ class ConfiguredStage(Stage):
         """A folder or URL that the stage cannot do without."""
         value: Path | str | None = getattr(self, key)
         if value is None:
-            remedy = f"name it there or as `{key}:` in the config file"
+            remedy = f"give it, or `{key}:` in the --config file"
             raise problem("command line", self.label(key), "not given", remedy)
         return str(value)
 

@@ -1,4 +1,4 @@
-"""A shard set in another store or codec, on Ray; resumes."""
+"""Write a shard set in another store or codec; resumes."""
 
 from __future__ import annotations
 

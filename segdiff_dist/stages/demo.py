@@ -1,4 +1,4 @@
-"""Every stage on the phantom, on two CPU cores, in ten minutes."""
+"""Every stage on the phantom, sized for two CPU cores: about ten minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distil a trained denoiser to a student that needs few steps."""
+"""Distil a trained diffusion model into one that needs few sampling steps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Distil(ConfiguredStage):
     on_ranks: ClassVar = True
     essential: ClassVar = (
         *("--distil.teacher", "--run", "--data", "--distil.num-steps", "--distil.teacher-steps"),
-        *("--distil.sampler.guidance", "--distil.train.num-images", "--distil.train.lr", "--distil.train.device"),
-        *("--distil.train.global-batch-size", "--distil.train.micro-batch-size"),
+        *("--distil.sampler.guidance", "--distil.train.num-images", "--distil.train.global-batch-size"),
+        *("--distil.train.micro-batch-size", "--distil.train.lr", "--distil.train.device"),
     )
 
     data: str | None = None

@@ -1,4 +1,4 @@
-"""Measure a run's samples, on Ray: metrics, figures, report.html."""
+"""Measure a run's images: metrics with intervals, figures, report.html."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Evaluate(ConfiguredStage):
     aliases: ClassVar = {"--out": "--run"}
     less_memory: ClassVar = "--evaluate.num-workers or --evaluate.batch-size"
     essential: ClassVar = (
-        *("--run", "--amos-root", "--downstream", "--evaluate.segmenter", "--evaluate.fid-weights"),
-        *("--images", "--masks", "--modality", "--real", "--images.label-map", "--images.size", "--evaluate.patient"),
-        *("--evaluate.memorisation", "--evaluate.num-workers", "--evaluate.ray-address", "--evaluate.device"),
+        *("--run", "--downstream", "--evaluate.memorisation", "--evaluate.segmenter", "--evaluate.fid-weights"),
+        *("--real", "--evaluate.patient", "--evaluate.num-workers", "--evaluate.ray-address", "--evaluate.device"),
+        *("--images", "--masks", "--modality", "--images.label-map", "--images.size"),
     )
 
     run: Path | None = None
@@ -52,7 +52,7 @@ class Evaluate(ConfiguredStage):
     folder, for the images too."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     amos_root: Path | None = None
-    """The archive, for the figure of intensities before clipping."""
+    """DATA of `segdiff prepare`, for the figure of intensities before clipping."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,4 +1,4 @@
-"""A run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline or a MONAI bundle."""
+"""A run's images for nnU-Net, as NIfTI, PNG, DICOM or shards; its model for diffusers or MONAI."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass, replace
 from functools import partial
 from io import StringIO
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from operator import itemgetter
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -80,21 +81,28 @@ def _likely(cls: type[Any], given: Sequence[str], aliases: Mapping[str, str]) ->
 
 
 def only_essential(text: str, essential: Collection[str]) -> str:
-    """A help text, as tyro writes it to a file, with only those flags, and the positional arguments."""
-    shown = {"-h", "--help", "--config", "--dry-run", *essential}
+    """A help text, as tyro writes it to a file, with only those flags, in their order, and the positional arguments."""
+    place = {flag: index for index, flag in enumerate(("-h", "--config", *essential, "--dry-run"))}
     head, *sections = re.split(r"\n(?= \S.*\n -{10})", "\n".join(line.rstrip() for line in text.splitlines()))
-    kept, num_hidden = [head], 0
+    kept, num_hidden = [(-2, head)], 0
     for section in sections:
         if section.startswith(" positional"):
-            kept.append(section)
+            kept.append((-1, f"{section.rstrip()}\n"))
             continue
         title, *entries = re.split(r"\n(?=  --?\w)", section)
-        chosen = [entry for entry in entries if shown & set(re.findall(r"-[-\w.]+", entry.split("\n")[0]))]
+        placed = ((at, entry.rstrip()) for entry in entries if (at := _first_place(entry, place)) is not None)
+        chosen = sorted(placed, key=itemgetter(0))
         num_hidden += len(entries) - len(chosen)
         if chosen:  # without the description of the whole section
-            kept.append("\n".join([*title.split("\n")[:2], *(entry.rstrip() for entry in chosen), ""]))
+            text = "\n".join([*title.split("\n")[:2], *(entry for _, entry in chosen), ""])
+            kept.append((chosen[0][0], text))
     more = f"{num_hidden} more flags: {HELP_ALL}\n" if num_hidden else ""
-    return "\n".join([*kept, more])
+    return "\n".join([*(text for _, text in sorted(kept, key=itemgetter(0))), more])
+
+
+def _first_place(entry: str, place: Mapping[str, int]) -> int | None:
+    """The place of a help text's entry: that of the first of its flags which has one."""
+    return min((place[flag] for flag in re.findall(r"-[-\w.]+", entry.split("\n")[0]) if flag in place), default=None)
 
 
 def _with_ranges() -> ConstructorRegistry:
@@ -120,15 +128,19 @@ def _with_ranges() -> ConstructorRegistry:
 
 
 def _on_one_line(field: StructFieldSpec) -> str | None:
-    """A field's text without the line breaks of its source; the help has its own."""
+    """A field's text without the line breaks of its source; the help has its own. A flag takes None where YAML has
+    null."""
     text = field.helptext() if callable(field.helptext) else field.helptext
-    return None if text is None else " ".join(text.split())
+    return None if text is None else re.sub(r"\bnull\b", "None", " ".join(text.split()))
 
 
 def _named(hint: Any) -> Any:
     """A field's type with the name of its values for the help, unless it has one."""
     name = metavar(hint)
-    has_name = any(getattr(mark, "metavar", None) for mark in get_args(hint)[1:])
+    marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    if tyro.conf.Positional in marks:  # its place has no default
+        hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+    has_name = any(getattr(mark, "metavar", None) for mark in marks)
     return hint if name is None or has_name else Annotated[hint, tyro.conf.arg(metavar=name)]
 
 

@@ -1,4 +1,4 @@
-"""Count a shard set's slices and classes, verify its checksums, draw a contact sheet."""
+"""Count the slices and classes of a shard set, verify its checksums, look for leakage, draw two pictures."""
 
 from __future__ import annotations
 

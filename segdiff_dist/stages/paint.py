@@ -27,13 +27,14 @@ _MANY_SLICES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Paint(Stage):
-    """Generate the image of a mask, in the mask's place and size. Without --model: by the small model that comes with
-    the package, which was trained on a drawn phantom, not on patients. --example writes a mask to begin with."""
+    """Make the CT or MR image of a mask, in the mask's place and size: `segdiff paint -i mask.png -o ct.png`. No mask
+    yet? `segdiff paint --example -i mask.png` writes one. Without --model: by the small model that comes with the
+    package, which was trained on drawn patients (the phantom), not on real ones."""
 
     aliases: ClassVar = {"-i": "--mask", "-o": "--out"}
     essential: ClassVar = (
-        *("--mask", "--out", "--model", "--modality", "--seed", "--labels", "--other-labels", "--example"),
-        *("--axis", "--spacing", "--steps"),
+        *("--mask", "--out", "--example", "--modality", "--seed", "--model", "--labels", "--other-labels"),
+        *("--spacing", "--axis", "--steps"),
     )
 
     mask: Path | None = None
@@ -47,14 +48,14 @@ class Paint(Stage):
     model_digest: str | None = None
     """The sha256 that the model's weights must have. The command prints it."""
     modality: Modality | None = None
-    """The modality to make. null: the model's first one."""
+    """The modality to make, as CT or MR. null: the model's first one (CT for the small model)."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the noise: another seed makes another patient with these organs."""
+    """Seed of the noise: the same seed makes the same image, another one another patient with these organs."""
     labels: str | None = None
     """What the ids in the mask mean: a JSON or YAML file with `id: name`, nnU-Net's dataset.json, a label table, or
     amos, wholebody or merged. null: as the mask or a file beside it says, else the model's own ids."""
     other_labels: Literal["refuse", "body", "background"] = "refuse"
-    """What becomes of classes that the model does not have."""
+    """What becomes of classes that the model does not have. refuse: no image is made. body: the rest of the patient."""
     spacing: Annotated[float, Gt(0)] | None = None
     """Side of a pixel of a PNG mask in mm, so that organs get their true size. null: the picture fills the model's
     square."""
@@ -65,7 +66,7 @@ class Paint(Stage):
     noise: Literal["shared", "independent"] = "shared"
     """shared: all slices of a volume have one noise, so that neighbours look alike. independent: one for each."""
     steps: Annotated[int, Ge(1)] | None = None
-    """Steps from noise to image. null: the model's own."""
+    """Steps from noise to image: fewer are faster and rougher. null: the model's own."""
     guidance: Annotated[float, Ge(0)] | None = None
     """Scale of classifier-free guidance; 1 is none. null: the model's own."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -1,4 +1,4 @@
-"""Write the embedded data: synthetic CT and MR with 15 organs, laid out as AMOS 2022."""
+"""Write synthetic CT and MR volumes with 15 organs (the phantom), laid out as AMOS 2022 is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Phantom(ConfiguredStage):
     """Write a phantom archive."""
 
     less_memory: ClassVar = "--phantom.matrix"
-    essential: ClassVar = ("--phantom.seed", "--phantom.num-train", "--phantom.num-val", "--phantom.num-test")
+    essential: ClassVar = ("--phantom.num-train", "--phantom.num-val", "--phantom.num-test", "--phantom.seed")
     needs_temporary_files: ClassVar = False
 
     amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None

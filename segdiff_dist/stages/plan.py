@@ -1,4 +1,4 @@
-"""Choose recipe, batches and lengths for a data set and some hours; `run` then does what the plan says."""
+"""What `run` would do with your volumes in the hours given: settings, time, memory and disk of each stage."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRun(Budgeted):
-    """Look at the headers of DATA and at this machine, and write a configuration with lengths that fit into the hours.
-    --out FOLDER is the folder of `segdiff run`, --out NAME.yaml the file itself."""
+    """Look at the headers of DATA and at this machine, and write a configuration that fits into the hours, for `segdiff
+    run`. The plan chooses every setting that you do not give, also where a default is printed here. --out FOLDER is the
+    folder of `segdiff run`, --out NAME.yaml the file itself."""
 
     def check(self) -> PlanRunPlan:
         """Reads headers, and times a few passes of the networks."""

@@ -1,4 +1,4 @@
-"""Volumes to shards, on Ray; resumes, and does nothing when all is done."""
+"""Cut volumes and their labels into slices, packed into shards; resumes."""
 
 from __future__ import annotations
 
@@ -41,30 +41,33 @@ _FEW_CASES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(ConfiguredStage):
-    """Cut volumes into slices and write a shard set. Exit code 1 when some volumes could not be read."""
+    """Cut volumes into slices and write them as a shard set: files that training reads fast. The same command again
+    goes on. Exit code 1 when some volumes could not be read."""
 
     aliases: ClassVar = {"--spacing": "--prepare.spacing-mm"}
     less_memory: ClassVar = "--prepare.num-workers"
     essential: ClassVar = (
-        *("--run", "--wholebody", "--prepare.size", "--prepare.spacing-mm", "--prepare.modalities", "--prepare.axes"),
+        *("--prepare.size", "--prepare.spacing-mm", "--prepare.axes", "--prepare.slice-stride", "--prepare.hu-window"),
+        *("--prepare.modality", "--prepare.modalities", "--prepare.labels", "--prepare.split", "--prepare.patient"),
         *(
             "--prepare.layout",
-            "--prepare.labels",
             "--prepare.label-set",
-            "--prepare.slice-stride",
+            "--wholebody",
             "--prepare.store",
             "--prepare.num-workers",
+            "--run",
         ),
     )
 
-    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None
-    """The archive: AMOS', or another layout (docs/data.md)."""
+    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    """Your data: a folder of volumes and their label files, as nnU-Net, AMOS, MSD or TotalSegmentator have them, as
+    DICOM, or in images/ and labels/. --dry-run says what is recognised."""
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
-    """The new shard set, a folder."""
+    """The folder of the new shard set."""
     run: Path | None = None
-    """The run folder, for the record."""
+    """A run folder in whose MLflow run the counts are recorded. null: they are recorded in OUT."""
     wholebody: Path | None = None
-    """Folder of whole-body masks, <case id>.nii.gz."""
+    """Folder of whole-body masks, <case id>.nii.gz, as `segdiff annotate` makes them. For --prepare.label-set."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

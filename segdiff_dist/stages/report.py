@@ -1,4 +1,4 @@
-"""The report of one evaluated run drawn again, or of several side by side: as a page, as tables, as PDF."""
+"""The report of a run drawn again, or of several runs side by side: as HTML, CSV, LaTeX or PDF."""
 
 from __future__ import annotations
 

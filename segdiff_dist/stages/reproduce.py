@@ -1,4 +1,4 @@
-"""Table1: the paper's four models from an archive to the table, beside the published values.
+"""Table 1 of the paper: its four models, from the AMOS data to the table, beside the published values.
 
 Prepare, train the segmenter, then train, sample and evaluate each column, and write the page. Every step is a stage:
 finished steps are skipped, interrupted ones continue.

@@ -1,4 +1,4 @@
-"""One line for your own data: plan, prepare, train both networks, sample, evaluate, report, export; resumes."""
+"""Every stage from your volumes to a report and a synthetic data set, in the hours given; resumes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ _REPORT_FORMATS = "csv"
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Budgeted):
-    """From DATA to a report and a synthetic data set, in the hours given. The same command again does what is missing.
-    `segdiff plan` shows and writes the plan before; a plan in the folder is used as it is."""
+    """Train a model on DATA, measure its images, and write a report and a synthetic data set, in the hours given. The
+    plan chooses every setting that you do not give, also where a default is printed here. `segdiff plan` writes the
+    plan and stops; a plan that is there is used as it is. The same command again does what is missing."""
 
     def check(self) -> RunPlan:
         """Reads the plan that is there, or makes one."""

@@ -1,4 +1,4 @@
-"""Make images from masks, on Ray; makes only what is missing."""
+"""Make images from masks; the same command again makes only what is missing."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Sample(ConfiguredStage):
 
     less_memory: ClassVar = "--sample.num-workers or --sample.batch-size"
     essential: ClassVar = (
-        *("--data", "--run", "--split", "--num", "--masks", "--out", "--sample.samples-per-mask", "--sample.seed"),
-        *("--sample.target-modality", "--sample.weights", "--sample.sampler.preset", "--sample.sampler.guidance"),
-        *("--sample.num-workers", "--ray-address", "--sample.device"),
+        *("--run", "--data", "--split", "--num", "--sample.samples-per-mask", "--masks", "--sample.target-modality"),
+        *("--sample.seed", "--out", "--sample.weights", "--sample.num-workers", "--ray-address", "--sample.device"),
+        *("--sample.sampler.preset", "--sample.sampler.guidance"),
     )
     aliases: ClassVar = {"--modality": "--sample.target-modality"}
 

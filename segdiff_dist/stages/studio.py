@@ -1,4 +1,4 @@
-"""A page in the browser to draw masks and paint CT and MR images of them; works without a network."""
+"""A page in the browser to draw masks and make CT and MR images of them; works without a network."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PACKAGES = ("fastapi", "python_multipart", "prometheus_client", "uvicorn")
 @dataclass(frozen=True, kw_only=True)
 class Studio(Stage):
     """Open a page to draw a mask and paint CT and MR images of it. It is served to this machine alone, and needs no
-    network. Without --model: the small model that comes with the package, which was trained on a drawn phantom, not on
-    patients. Ctrl-C ends it."""
+    network. Without --model: the small model that comes with the package, which was trained on drawn
+    patients (the phantom), not on real ones. Ctrl-C ends it."""
 
     only_reads: ClassVar = True
 

@@ -1,4 +1,4 @@
-"""Send MLflow the records that wait in a run folder since its server was away."""
+"""Send MLflow the records that wait in a run folder, after its server was away."""
 
 from __future__ import annotations
 

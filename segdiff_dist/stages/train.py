@@ -1,4 +1,4 @@
-"""Train the denoiser; `deepspeed --module segdiff_dist train` is the same on many GPUs."""
+"""Train the diffusion model (the denoiser); on many GPUs: `deepspeed --module segdiff_dist train`."""
 
 from __future__ import annotations
 
@@ -38,19 +38,22 @@ _STARTED_WITH = ("denoiser", "diffusion", "train", "loader")
 
 @dataclass(frozen=True, kw_only=True)
 class Train(ConfiguredStage):
-    """Train the denoiser into RUN/checkpoints and RUN/weights. Exit code 3 when the training stopped itself."""
+    """Train the diffusion model (the denoiser) into RUN/checkpoints and RUN/weights. The same command again resumes
+    from the newest complete checkpoint. Without --config: the paper's net of 113.7 M parameters, which needs a GPU.
+    Exit code 3 when the training stopped itself."""
 
     less_memory: ClassVar = "--train.micro-batch-size, or give --train.activation-checkpointing"
     on_ranks: ClassVar = True
     essential: ClassVar = (
-        *("--data", "--more-data", "--run", "--loader.modalities", "--loader.axes", "--loader.crop-size"),
-        *("--denoiser.block-out-channels", "--denoiser.layers-per-block", "--diffusion.objective"),
-        *("--train.num-images", "--train.lr", "--train.global-batch-size", "--train.micro-batch-size"),
-        *("--train.precision", "--train.zero-stage", "--train.device", "--train.seed"),
+        *("--data", "--run", "--more-data", "--train.num-images", "--train.global-batch-size"),
+        *("--train.micro-batch-size", "--train.lr", "--train.precision", "--train.zero-stage"),
+        *("--train.activation-checkpointing", "--train.checkpoint-every-images", "--train.device", "--train.seed"),
+        *("--diffusion.objective", "--denoiser.block-out-channels", "--denoiser.layers-per-block"),
+        *("--loader.modalities", "--loader.axes", "--loader.crop-size"),
     )
 
     data: str | None = None
-    """The shard set: a folder or a URL that fsspec knows."""
+    """The shard set that `prepare` wrote: a folder or a URL that fsspec knows."""
     more_data: tuple[str, ...] = ()
     """Further shard sets to train on, alike in labels, size and codec."""
     run: Path | None = None

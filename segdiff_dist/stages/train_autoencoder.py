@@ -1,4 +1,4 @@
-"""Train the autoencoder of latent diffusion, and measure its reconstructions."""
+"""Train the autoencoder of latent diffusion, and measure its reconstructions. Other models need none."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class TrainAutoencoder(ConfiguredStage):
     essential: ClassVar = (
         *("--data", "--run", "--autoencoder.segmenter", "--autoencoder.block-out-channels"),
         *("--autoencoder.latent-channels", "--autoencoder.discriminator-start", "--autoencoder.train.num-images"),
-        *("--autoencoder.train.lr", "--autoencoder.train.device", "--autoencoder.train.global-batch-size"),
-        "--autoencoder.train.micro-batch-size",
+        *("--autoencoder.train.global-batch-size", "--autoencoder.train.micro-batch-size"),
+        *("--autoencoder.train.lr", "--autoencoder.train.device"),
     )
 
     data: str | None = None

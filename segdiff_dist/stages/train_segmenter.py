@@ -1,4 +1,4 @@
-"""Train the auxiliary segmenter that measures the images."""
+"""Train the segmenter that measures the images: it looks for the organs in them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ class TrainSegmenter(ConfiguredStage):
     less_memory: ClassVar = "--segmenter.train.micro-batch-size"
     on_ranks: ClassVar = True
     essential: ClassVar = (
-        *("--data", "--run", "--segmenter.train.num-images", "--segmenter.train.lr", "--segmenter.train.device"),
-        *("--segmenter.train.global-batch-size", "--segmenter.train.micro-batch-size", "--segmenter.channels"),
+        *("--data", "--run", "--segmenter.train.num-images", "--segmenter.train.global-batch-size"),
+        *(
+            "--segmenter.train.micro-batch-size",
+            "--segmenter.train.lr",
+            "--segmenter.train.device",
+            "--segmenter.channels",
+        ),
     )
 
     data: str | None = None
-    """The shard set: a folder or a URL that fsspec knows."""
+    """The shard set that `prepare` wrote: a folder or a URL that fsspec knows."""
     more_data: tuple[str, ...] = ()
     """Further shard sets to train on, alike in labels, size and codec."""
     run: Path | None = None

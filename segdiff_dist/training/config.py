@@ -29,8 +29,8 @@ class TrainConfig:
     global_batch_size: Result[Count] = 64
     """Images of one step, over all ranks."""
     micro_batch_size: Resumable[Count | Literal["auto"]] = 16
-    """Images a rank takes through the net at once. Accumulation makes up the rest of the global batch. auto: the
-    fastest size that fits, found at the start of the run. The losses do not depend on it."""
+    """Images a rank takes through the net at once. Gradient accumulation makes up the rest of the global
+    batch. auto: the fastest size that fits, found at the start of the run. The losses do not depend on it."""
     optimizer: ResultWhereSet[Literal["adamw", "muon"]] = "adamw"
     """muon: orthogonal updates for the weights of hidden layers, AdamW for the others, with one lr for both (Jordan et
     al. 2024; Liu et al. 2025). It reaches the same loss with about half the images. It needs zero_stage 0 to 2 and no
@@ -52,7 +52,8 @@ class TrainConfig:
     for it (a GPU since Ampere, a CPU with AMX or AVX-512 BF16), fp32 elsewhere. A run keeps the precision that it began
     with."""
     zero_stage: Resumable[Annotated[int, Interval(ge=0, le=3)]] = 1
-    """What DeepSpeed shards over ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights too."""
+    """What DeepSpeed shards over ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights too. 2 and 3
+    save memory of large nets, and are slower."""
     offload: Resumable[Literal["none", "optimizer", "all"]] = "none"
     """What is kept in the host's memory instead of the GPU's. optimizer: fp32 weights and Adam's state (zero_stage 1 to
     3). all: the working weights too (zero_stage 3)."""
@@ -73,7 +74,7 @@ class TrainConfig:
     """Keep the averages of the first checkpoint at or past each multiple of this, for `segdiff average`. null keeps
     none."""
     checkpoint_every_images: Result[Count] = 256_000
-    """Images between two checkpoints."""
+    """Images between two checkpoints. A lost run repeats half of them on average."""
     keep_checkpoints: Resumable[Count] = 3
     """How many of the newest checkpoints are kept."""
     keep_every_images: Resumable[Count | None] = None

@@ -206,7 +206,7 @@ def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(
     (tmp_path / "config.yaml").write_text(to_yaml({"amos_root": "/elsewhere", "data": "/elsewhere/shards"}))
     assert main(["prepare", "--run", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "AMOS_ROOT: not given" in said.err
+    assert "DATA: not given" in said.err
     assert "OUT: not given" in said.err
     assert load_experiment(None, tmp_path).data == "/elsewhere/shards"
 

@@ -88,7 +88,7 @@ def test_a_type_in_words(hint: Any, words: str) -> None:
         (Some[Modality], "STR [STR ...] (each letters, digits and -, each once)"),
         (PAIR, "FLOAT FLOAT (each 0 to 1, the lower one first)"),
         (tuple[Annotated[int, Ge(0), Lt(9)], ...], "[INT [INT ...]] (each 0 or more and below 9)"),
-        (Store | None, None),
+        (Store | None, "{webdataset,zarr}|None"),
         (Path, None),
     ],
 )

@@ -48,6 +48,20 @@ def test_every_module_is_a_command_and_every_command_a_class_of_its_own() -> Non
     assert all(stages.summary(name).endswith(".") for name in stages.NAMES)
 
 
+def assert_most_needed_first(text: str, essential: tuple[str, ...]) -> None:
+    """Flags of a section, and the sections, are in the order of `essential`; --dry-run is the last one of its
+    section."""
+    firsts = []
+    for section in re.split(r"\n \S.*options\n", text)[1:]:
+        lines = [line for line in section.splitlines() if line.startswith("  -")]
+        flags = [flag for line in lines for flag in re.findall(r"--[\w.-]+", line)]
+        places = [essential.index(flag) for flag in flags if flag in essential]
+        assert places == sorted(places)
+        assert "--dry-run" not in flags[:-1]
+        firsts += places[:1]
+    assert firsts == sorted(firsts)
+
+
 @pytest.mark.parametrize("name", stages.NAMES)
 def test_help_shows_the_main_flags_and_help_all_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
@@ -64,6 +78,10 @@ def test_help_shows_the_main_flags_and_help_all_every_flag(name: str, capsys: py
     if stages.load(name).essential:
         assert len(short.splitlines()) < len(whole.splitlines())
         assert "more flags: --help-all" in short
+        assert_most_needed_first(short, stages.load(name).essential)
+    assert not re.search(r"\bnull\b", whole), "a flag takes None; null is a word of YAML"
+    positional = re.split(r"\n.* options ", whole.partition("positional arguments")[2])[0]
+    assert "default: None" not in positional, "the place of an argument has no default"
 
 
 def test_help_shows_the_range_of_a_flag_and_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +92,7 @@ def test_help_shows_the_range_of_a_flag_and_its_choices(capsys: pytest.CaptureFi
     assert "--num INT|None (1 or more), --sample.num INT|None (1 or more)" in flags
     assert "--sample.sampler.guidance FLOAT (0 or more)" in flags
     assert "--sample.target-modality {same,other}|STR (letters, digits and -)" in flags
-    assert "--config {None}|STR" in flags, "a flag without a range keeps the name of its type"
+    assert "--config STR|None" in flags, "a flag without a range keeps the name of its type"
     with pytest.raises(SystemExit, match="0"):
         main(["paint", "--help"])
     assert "ending: a folder with a DICOM series" in capsys.readouterr().out, "lines break where the help's end"
