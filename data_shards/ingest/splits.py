@@ -20,7 +20,7 @@ _DEFAULT_SHARES = (0.7, 0.1, 0.2)
 _ALIKE = re.compile(r"(.+?)[_-](?:[^_-]+|([0-9]{4})-[0-9]{2}-[0-9]{2})")
 _BEFORE_LAST, _BEFORE_DATE = "(.+)[_-]", "(.+?)[_-][0-9]{4}-"
 # More than a patient has.
-_MOST_SCANS = 12
+MOST_SCANS = 12
 
 
 def with_splits(
@@ -96,7 +96,7 @@ def patient_notes(cases: Sequence[Case]) -> list[str]:
     parted = [
         found
         for _, found in sorted(of_name.items())
-        if len(of_name) > 1 and len(found) <= _MOST_SCANS and len({case.split for case in found}) > 1
+        if len(of_name) > 1 and len(found) <= MOST_SCANS and len({case.split for case in found}) > 1
     ]
     if not parted:
         return []

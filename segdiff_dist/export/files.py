@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,18 @@ def nnunet_folds(patient_of: Mapping[str, str]) -> list[dict[str, list[str]]]:
         names = sorted(is_val)
         folds.append({split: [n for n in names if is_val[n] == (split == "val")] for split in ("train", "val")})
     return folds
+
+
+def fold_lines(out: Path, patients: Collection[str]) -> tuple[str, ...]:
+    """What nnU-Net does without the folds of a data set of synthetic cases alone; `patients`: theirs, each once."""
+    if len(patients) == 1:
+        return ("all images are of one patient: there are no folds, and nnU-Net's validation is of this patient too",)
+    return (copy_folds(out, "a patient trains and validates a fold"),)
+
+
+def copy_folds(out: Path, otherwise: str) -> str:
+    """A line that says where nnU-Net looks for the folds, and what happens where they are not there."""
+    return f"before training copy {SPLITS_FILE} to nnUNet_preprocessed/{out.name}/: else {otherwise}"
 
 
 def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:

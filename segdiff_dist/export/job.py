@@ -25,7 +25,7 @@ from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.dicom import dicom_kind, problems_without_kind, require_dicom
 from segdiff_dist.export.dicom_pairs import write_dicom_pairs
-from segdiff_dist.export.files import nnunet_problems, write_manifest, write_nnunet, write_pairs
+from segdiff_dist.export.files import fold_lines, nnunet_problems, write_manifest, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
 from segdiff_dist.sampling.store import SampleStore
@@ -72,19 +72,12 @@ class SamplesExport:
         """What a person has to know of the result."""
         known = self.samples.mask_patients
         found = (known.line, known.guess if self.config.format in ("nnunet", "dicom") else None)
-        merged = self._fold_lines() if self.merge is None else self.merge.lines(self.out)
-        return (*(text for text in found if text is not None), *merged)
-
-    def _fold_lines(self) -> tuple[str, ...]:
-        """What nnU-Net does without the folds."""
-        if self.config.format != "nnunet":
-            return ()
-        if len({item["patient"] for item in self.samples.items}) == 1:
-            return (
-                "all images are of one patient: there are no folds, and nnU-Net's validation is of this patient too",
-            )
-        target = f"nnUNet_preprocessed/{self.out.name}/"
-        return (f"before training copy splits_final.json to {target}: else a patient trains and validates a fold",)
+        folds: tuple[str, ...] = ()
+        if self.merge is not None:
+            folds = self.merge.lines(self.out)
+        elif self.config.format == "nnunet":
+            folds = fold_lines(self.out, {item["patient"] for item in self.samples.items})
+        return (*(text for text in found if text is not None), *folds)
 
     @cached_property
     def seconds(self) -> float | None:

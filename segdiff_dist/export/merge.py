@@ -19,7 +19,7 @@ import numpy as np
 
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, refuse
-from segdiff_dist.export.files import nnunet_folds
+from segdiff_dist.export.files import copy_folds, nnunet_folds
 from segdiff_dist.export.patients import Patients
 from segdiff_dist.export.real_set import FOLDERS, RealSet
 from segdiff_dist.export.real_slices import RealSlices, Slicing
@@ -140,8 +140,7 @@ class Merge:
             if fold["val_seen_by_model"]:
                 text += f"; the diffusion model was trained on the patients of {fold['val_seen_by_model']} of these"
             found.append(text)
-        target = f"nnUNet_preprocessed/{out.name}/"
-        return (*found, f"before training copy splits_final.json to {target}: else nnU-Net validates synthetic cases")
+        return (*found, copy_folds(out, "nnU-Net validates synthetic cases"))
 
     def num_bytes(self, out: Path) -> int:
         """What the real files take, where they have to be copied or cut."""

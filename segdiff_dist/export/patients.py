@@ -42,6 +42,10 @@ class Patients:
         stated = self._source.get(case_id, {}).get("patient")
         return str(stated or patient_of(case_id, self._pattern) or case_id)
 
+    def is_unnamed(self, case_id: str) -> bool:
+        """Whether nothing says who a file's case is of: it counts as a patient, by a guess."""
+        return case_id not in self._source and self.of(case_id) == case_id
+
     def same_files(self, real: RealSet) -> dict[str, str | None]:
         """For each case of a data set the set's case whose image file it has, by size and sha256; None for others. A
         file of the same name, and of a size that no other has, is not read."""

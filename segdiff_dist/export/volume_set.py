@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from data_shards.ingest.volume_files import ENDINGS, stem
 from data_shards.problems import Attempts, Problem, explain_full_disk, problem, refuse
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.files import (
+    fold_lines,
     name_problems,
     nnunet_description,
     nnunet_folds,
@@ -32,6 +33,7 @@ from segdiff_dist.export.samples import plain_case
 from segdiff_dist.export.slicewise import Generate
 from segdiff_dist.export.volume import VolumeJob, VolumeReport, check_volume, check_voxels, generate_volume
 from segdiff_dist.export.volume_out import save_file
+from segdiff_dist.sampling.mask_patients import likely_patients
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -60,6 +62,20 @@ class VolumeSetJob:
     def num_slices(self) -> int:
         """Of all masks."""
         return sum(job.num_slices for job in self.jobs.values())
+
+    @cached_property
+    def lines(self) -> tuple[str, ...]:
+        """What a person has to know of the result."""
+        patients = Patients(next(iter(self.jobs.values())).shards)
+        cases = _cases(self.jobs).values()
+        folds = fold_lines(self.out, {*map(patients.of, cases)}) if self.merge is None else self.merge.lines(self.out)
+        likely = likely_patients(unnamed := sorted(filter(patients.is_unnamed, cases)))
+        if likely is None:
+            return folds
+        count = f"{len(unnamed)} masks count as {len(unnamed)} patients, since the set does not name theirs"
+        wrong = f"a fold may have a patient in both parts if several are of one, as by '{likely[0]}' (here {likely[1]})"
+        remedy = "give --data a set that was prepared with --prepare.patient: its pattern is used"
+        return (f"{count}: {wrong}; {remedy}", *folds)
 
     def make(
         self, generate_of: Callable[[int], Generate], size: int, provenance: dict[str, Any]

@@ -6,6 +6,7 @@ pattern, and else each mask alone. The last is a guess, and a message says so.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from data_shards.documents import read_json
 from data_shards.ingest.layouts.base import MANIFESTS, patient_of
 from data_shards.ingest.layouts.exports import CASE, ITEMS_FILE, PATIENT, PROVENANCE_FILE, RESTORE, own_items
 from data_shards.ingest.layouts.tables import read_columns, read_table
+from data_shards.ingest.splits import MOST_SCANS
 from data_shards.problems import Problem, refuse
 from segdiff_dist.sampling.mask_files import case_id_of, without_ending
 
@@ -69,14 +71,16 @@ def mask_patients(
     most: dict[str, int] = {}
     for case, num in sorted(num_slices.items()):
         most[own[case]] = max(num, most.get(own[case], 0))
-    return MaskPatients(by_case, guess=_guess(most, section))
+    guesses = [text for text in (_guess(most, section), _folder_guess(items, section)) if text is not None]
+    return MaskPatients(by_case, guess="; ".join(guesses) or None)
 
 
 def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
-    """A message where cases that count as patients may be several of one; None where nothing speaks for it."""
+    """A message where cases that count as patients may be several of one; None where nothing speaks for it, by number
+    or names."""
     cases = list(num_slices)
     flat = [case for case, num in num_slices.items() if num == 1]
-    pattern = _likely(cases, _OWN) or (_likely(cases, _LIKELY) if len(flat) > 1 else None)
+    pattern = likely_patients(cases) if len(flat) < 2 else _likely(cases, _LIKELY)
     if pattern is None and len(flat) < 2:
         return None
     likely, num = pattern or ("(.+)_", 0)
@@ -90,13 +94,35 @@ def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
     )
 
 
-def _likely(cases: Sequence[str], patterns: Sequence[str]) -> tuple[str, int] | None:
-    """The first pattern by which cases are of fewer patients than there are cases. A name that all begin with may be
-    that of the data set, so it is no patient's, but in names of our own exports."""
+def _folder_guess(items: pa.Table, section: str) -> str | None:
+    """A message where files of other systems count as one patient because they are in one folder; None elsewhere."""
+    if "image_file" not in items.column_names:
+        return None
+    columns = (items[name].to_pylist() for name in ("image_file", "case_id"))
+    files = [(PurePosixPath(file).parent, case) for file, case in dict.fromkeys(zip(*columns, strict=True))]
+    num_files = Counter(case for folder, case in files if folder.name and case == case_id_of(Path(f"{folder}.png")))
+    most = max(num_files, key=num_files.__getitem__, default="")
+    if num_files[most] < 2:
+        return None
+    count = f"files of one folder count as one patient, as {num_files[most]:,} in {most} (patients: {len(num_files):,})"
+    wrong = "intervals are too wide, or missing, if a folder is no patient's"
+    return f"{count}: {wrong}. Then put all files into one folder, and name the patients by --{section}.patient"
+
+
+def likely_patients(cases: Sequence[str]) -> tuple[str, int] | None:
+    """A pattern by which names of volumes, as p7_1 and p7_2, may be of fewer patients than there are volumes, and how
+    many these are. None where nothing speaks for it."""
+    return _likely(cases, _LIKELY, MOST_SCANS)
+
+
+def _likely(cases: Sequence[str], patterns: Sequence[str], most: float = math.inf) -> tuple[str, int] | None:
+    """The first pattern by which cases are of fewer patients than there are cases. A name that all begin with, or more
+    than `most`, may be that of the data set, so it is no patient's, but in names of our own exports."""
     for pattern in patterns:
-        num = len({patient_of(case, pattern) or case for case in cases})
-        if (pattern not in _OWN) < num < len(cases):
-            return pattern, num
+        num_of = Counter(patient_of(case, pattern) or case for case in cases)
+        is_own = pattern in _OWN
+        if (not is_own) < len(num_of) < len(cases) and (is_own or max(num_of.values()) <= most):
+            return pattern, len(num_of)
     return None
 
 

@@ -132,8 +132,7 @@ class VolumePlan(Plan):
         }
         reports = job.make(lambda n: slice_generator(self.pipeline, stage.volume, first + n), self.size, provenance)
         lines = [line for name, report in reports.items() for line in _lines(name, report, stage.volume)]
-        merged = () if job.merge is None else job.merge.lines(job.out)
-        return Result((*lines, f"{in_words(len(reports), 'volume')} in {job.out}", *merged), value=reports)
+        return Result((*lines, f"{in_words(len(reports), 'volume')} in {job.out}", *job.lines), value=reports)
 
 
 def _lines(name: str, report: VolumeReport, config: VolumeConfig) -> list[str]:

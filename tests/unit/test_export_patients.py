@@ -17,8 +17,9 @@ from data_shards.ingest.prepare import check
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
-from segdiff_dist.export.config import ExportConfig
+from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.export.job import check_samples, export_samples
+from segdiff_dist.export.volume_set import check_volume_set
 
 pytest.importorskip("highdicom")
 pydicom = pytest.importorskip("pydicom")
@@ -173,3 +174,18 @@ def test_nnunet_s_own_folds_are_warned_of(run_of_scans: Path, run_of_folder: Pat
     lines = check_samples(run_of_folder, out, ExportConfig(patient=PATTERN)).lines
     assert lines[-1].startswith("before training copy splits_final.json to nnUNet_preprocessed/Dataset701_New/")
     assert not check_samples(run_of_scans, tmp_path / "png", ExportConfig("png")).lines
+
+
+def test_a_set_of_volumes_says_what_folds_are_for_and_whose_patients_are_a_guess(tmp_path: Path) -> None:
+    settings = write_folder(".nii")(tmp_path / "data")
+    for pattern in (None, PATTERN):
+        shards = ShardSet.open(write_set(tmp_path / "data", tmp_path / f"{pattern}", **settings, patient=pattern))
+        masks = tmp_path / "masks"
+        masks.mkdir(exist_ok=True)
+        for name in ("p8_1", "p8_2", "p9_1"):
+            shutil.copy(tmp_path / "data/train/masks/p1_1_seg.nii", masks / f"{name}.nii")
+        config = VolumeConfig(format="nnunet", modality="CT")
+        *guess, line = check_volume_set(masks, tmp_path / "Dataset701_New", shards, config).lines
+        assert line.startswith("before training copy splits_final.json to nnUNet_preprocessed/Dataset701_New/")
+        assert len(guess) == (pattern is None)
+        assert not guess or guess[0].startswith("3 masks count as 3 patients, since the set does not name theirs")

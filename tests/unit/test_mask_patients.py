@@ -151,6 +151,23 @@ def test_a_manifest_a_pattern_or_a_guess_says_whose_masks_they_are(tmp_path: Pat
         of_mask_folder(root / "masks", shards)
 
 
-def test_volumes_of_one_file_each_are_no_guess() -> None:
-    items = {"case_id": ["amos_1", "amos_1", "amos_2", "amos_2"], "key": ["a", "b", "c", "d"]}
-    assert mask_patients(pa.table(items), {"masks": "gone"}, None) == MaskPatients()
+def of_volumes(*cases: str) -> MaskPatients:
+    items = {"case_id": [*cases] * 2, "key": [f"{case}{n}" for n in (1, 2) for case in cases]}
+    return mask_patients(pa.table(items), {"masks": "gone"}, None)
+
+
+def test_volumes_whose_names_are_alike_may_be_of_one_patient() -> None:
+    assert of_volumes("amos_1", "amos_2") == MaskPatients()
+    assert of_volumes("btcv_1", *(f"amos_{number}" for number in range(13))) == MaskPatients()
+    guess = str(of_volumes("p1_1", "p1_2", "p2_1").guess)
+    assert guess.startswith("3 cases count as 3 patients, since no table or pattern names them")
+    assert "--evaluate.patient '(.+)_' (here 2 patients)" in guess
+
+
+def test_files_of_one_folder_count_as_one_patient_and_a_line_says_so(tmp_path: Path) -> None:
+    root = write_slices(tmp_path, ["site_a/p1", "site_a/p2", "site_b/p3"])
+    guess = str(patients_of(root).guess)
+    assert guess.startswith("files of one folder count as one patient, as 2 in site_a (patients: 2)")
+    assert guess.endswith("name the patients by --evaluate.patient")
+    assert patients_of(root, "(site_[ab])").guess is None, "the user names them"
+    assert patients_of(write_slices(tmp_path / "keys", ["a/p1-axial-0001", "a/p1-axial-0002"])).guess is None

@@ -268,6 +268,7 @@ def test_volumes_are_cases_beside_real_volumes(
     assert trained == {("p2_1_ct_0-volume",), ("p1_1_ct_0-volume", "p1_2_ct_0-volume")}
     alone = tmp_path / "Dataset703_Alone"
     assert main([*line[:2], str(alone), *line[3:]]) == 0
+    assert f"before training copy splits_final.json to nnUNet_preprocessed/{alone.name}/" in capsys.readouterr().out
     folds = json.loads((alone / "splits_final.json").read_text())
     parts = {("p1_1_ct_0-volume", "p1_2_ct_0-volume"), ("p2_1_ct_0-volume",)}
     assert {tuple(fold["val"]) for fold in folds} == parts, "two scans of a patient are in one fold"
