@@ -47,6 +47,7 @@ _MOST_NAMED = 20
 # nnU-Net adds the channel's number to an image's name but not to its label's: CASE_0000.nii.gz.
 _CHANNEL = re.compile(r"(.*[0-9])_([0-9]{4})")
 _FIRST_CHANNEL = "0000"
+_NUMBERED = re.compile(r"(.*?)([0-9]+)")
 # A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
 _LONGEST_CASE_ID = 64
 # What Linux allows (limits.h): longer ones are an error of the file system, not a file that is missing.
@@ -110,10 +111,11 @@ def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list
     pairs = [(split, {"image": entry} if isinstance(entry, str) else entry) for split, entry in listed]
     # If one label shows that the number in its image's name is a channel, the number in other names is a channel too.
     has_channels = any(_shows_channel(entry) for _, entry in pairs)
+    is_renamed = len({names for _, entry in pairs if (names := _names_before_number(entry)) is not None}) == 1
     entries: list[Entry] = []
     problems: list[Problem] = []
     for split, raw in pairs:
-        entry, wrong = _read_entry(where, split, raw, has_channels)
+        entry, wrong = _read_entry(where, split, raw, has_channels, is_renamed)
         problems += wrong
         if entry is not None:
             entries.append(entry)
@@ -136,8 +138,11 @@ def words(name: str) -> str:
     return " ".join(re.split(r"[\s_/-]+", name.strip().lower()))
 
 
-def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[Entry | None, list[Problem]]:
-    """The entry, None if its case cannot be determined, and its problems."""
+def _read_entry(
+    where: str, split: str, raw: Any, has_channels: bool, is_renamed: bool
+) -> tuple[Entry | None, list[Problem]]:
+    """The entry, None if its case cannot be determined, and its problems. `is_renamed`: all labels have another word
+    before the case's number than their images."""
     image = _path(raw.get("image")) if isinstance(raw, dict) else None
     if not isinstance(image, str):
         return None, [Problem(where, split, short(raw), "give an object with `image` and `label`")]
@@ -163,7 +168,7 @@ def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[E
         return None, [Problem(where, split, f"{image} has no label", "name its label file, or list it under `test`")]
     label_stem = file_stem(label)
     entry = Entry(split, image, label, _case_id(stem, label_stem, has_channels))
-    if _case_id(label_stem, None, False) != entry.case_id:
+    if _case_id(label_stem, None, False) != entry.case_id and not (is_renamed and _names_before_number(raw)):
         remedy = "image and label of a case carry the same file name"
         return entry, [Problem(where, split, f"{image} is labelled by {label}", remedy)]
     return entry, []
@@ -192,6 +197,16 @@ def _shows_channel(raw: Any) -> bool:
     if not isinstance(image, str) or not isinstance(label, str):
         return False
     return file_stem(image) == f"{file_stem(label)}_{_FIRST_CHANNEL}"
+
+
+def _names_before_number(raw: Any) -> tuple[str, str] | None:
+    """What is before the same number in the names of an entry's image and label, as img0001 and label0001; None if the
+    numbers differ, or there is no label."""
+    files = [_path(raw.get(key)) if isinstance(raw, dict) else None for key in ("image", "label")]
+    named = [_NUMBERED.fullmatch(file_stem(one)) for one in files if isinstance(one, str)]
+    if len(named) < 2 or named[0] is None or named[1] is None or named[0][2] != named[1][2]:
+        return None
+    return named[0][1], named[1][1]
 
 
 def _case_id(stem: str, label_stem: str | None, has_channels: bool) -> str:
@@ -227,4 +242,5 @@ def problems_with_organs(where: str, organs: Any) -> Iterator[Problem]:
                 return
             expected = f"'{sorted(known)[0]}'" if known else f"no id above {len(_ORGAN_NAMES) - 1}"
             remedy = f"AMOS has {expected} there: renumber the labels to AMOS' table"
+            remedy += ", or keep these classes with --prepare.layout msd"
             yield Problem(where, f"labels.{text[:20]}", short(name), remedy)

@@ -209,9 +209,11 @@ def _read_table(file: Path) -> _Table:
     ]
     if stored.get(0, BACKGROUND) != BACKGROUND:
         wrong.append(Problem(str(file), "names", stored[0], f"number them from 1 on: 0 is {BACKGROUND}"))
-    numbers = [*stored, *(key for key in meant if isinstance(key, int))]
-    if beyond := [number for number in numbers if not 0 <= number <= _LARGEST_ID]:
-        wrong.append(Problem(str(file), "names", str(beyond[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
+    mapped = [key for key in meant if isinstance(key, int)]
+    beyond = [number for number in stored if not 0 <= number <= _LARGEST_ID]
+    if beyond := [*beyond, *(number for number in mapped if abs(number) > _LARGEST_ID)]:
+        remedy = f"ids are 0 to {_LARGEST_ID}; label_map may also say what becomes of -1"
+        wrong.append(Problem(str(file), "names", str(beyond[0])[:40], remedy))
     if wrong:
         raise InputProblems(wrong)
     return _Table(replace(table, colours=colours), stored, meant, notes)

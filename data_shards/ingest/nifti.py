@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.ingest.foreign_bytes import foreign
 from data_shards.problems import InputProblems, Problem, problem, refuse
 
 # Sizes and first bytes: NIfTI-1.1 (nifti1.h) and NIfTI-2 (nifti2.h); voxels follow the header and four bytes.
@@ -45,6 +46,7 @@ _SAME_AXIS_DEGREES = 5.0
 # In notes of this format and of others.
 SIDE_IS_A_GUESS = "which side is left is a guess"
 _RESTORE = "restore the file from the archive"
+_ONE_VOLUME = "give one 3-D volume a file: of a film one time, of one-hot labels the number of each voxel's class"
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def _read_header(file: Path) -> Any:
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     size = next((n for n in _HEADER_BYTES if n in sizes), None)
     if size is None or len(block) < size:
-        raise wrong("its first bytes are not a NIfTI header")
+        value, remedy = foreign(block) or ("its first bytes are not a NIfTI header", _RESTORE)
+        raise problem(file, "header", f"not NIfTI ({value})", remedy)
     made = getattr(nib, _HEADER_BYTES[size])
     try:
         raw = made(block[:size], check=False)
@@ -227,7 +230,7 @@ def _shape(
         problems.append(Problem(str(file), "channel", str(channel), f"the file has {num_channels}, counted from 0"))
         return None, num_channels
     if len(shape) != 3:
-        problems.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file"))
+        problems.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", _ONE_VOLUME))
         return None, num_channels
     if min(shape) < 1:
         problems.append(Problem(str(file), "shape", f"{shape} is empty", _RESTORE))

@@ -19,7 +19,7 @@ _DEFAULT_SHARES = (0.7, 0.1, 0.2)
 # Names of several scans of a patient: p7_1, 0012-venous, s3_2019-04-01. The last group is there for a date.
 _ALIKE = re.compile(r"(.+?)[_-](?:[^_-]+|([0-9]{4})-[0-9]{2}-[0-9]{2})")
 _BEFORE_LAST, _BEFORE_DATE = "(.+)[_-]", "(.+?)[_-][0-9]{4}-"
-# More than a patient has.
+# More files than this are not the scans of one patient.
 MOST_SCANS = 12
 
 
@@ -88,25 +88,35 @@ def untrained_notes(cases: Sequence[Case]) -> list[str]:
 
 def patient_notes(cases: Sequence[Case]) -> list[str]:
     """What to say of cases in two splits whose names are alike but for their last part, as p7_1 and p7_2, if nothing
-    says which patient they are of. A name that many cases begin with is that of the data set."""
+    says which patient they are of. A name that many cases begin with is that of the data set. Channels of a case are of
+    a patient with its name."""
     of_name: dict[str, list[Case]] = {}
     for case in cases:
-        if case.patient is None and (named := _ALIKE.fullmatch(case.case_id)):
+        if named := _ALIKE.fullmatch(_own_name(case)):
             of_name.setdefault(named[1], []).append(case)
     parted = [
         found
         for _, found in sorted(of_name.items())
-        if len(of_name) > 1 and len(found) <= MOST_SCANS and len({case.split for case in found}) > 1
+        if len(of_name) > 1
+        and len(set(map(_own_name, found))) <= MOST_SCANS
+        and len({case.split for case in found}) > 1
     ]
     if not parted:
         return []
     one = parted[0][0]
     other = next(case for case in parted[0] if case.split != one.split)
     more = f" ({len(parted) - 1} more such names)" if len(parted) > 1 else ""
-    named = _ALIKE.fullmatch(one.case_id)
+    named = _ALIKE.fullmatch(_own_name(one))
     pattern = _BEFORE_DATE if named and named[2] else _BEFORE_LAST
     where = f"{one.case_id} is in {one.split} and {other.case_id} in {other.split}{more}"
     return [f"{where}: if they are scans of one patient, --prepare.patient '{pattern}' keeps them in one split"]
+
+
+def _own_name(case: Case) -> str:
+    """The name of a case that counts as a patient, without its channel; empty if something says the patient."""
+    if case.patient is None:
+        return case.case_id
+    return case.patient if case.case_id == f"{case.patient}-{case.modality}" else ""
 
 
 def pattern_problems(cases: Sequence[Case], pattern: str | None) -> list[Problem]:

@@ -201,7 +201,7 @@ UNSTATED: dict[str, Any] = {"modality": None, "pixel_mm": None, "intensities": {
         (lambda root: save(root / "images/a1.tif", picture()), {}, "both a1.png and a1.tif"),
         (lambda root: save(root / "images/a1.png", picture(), format="JPEG"), {}, "JPEG by its bytes"),
         (lambda root: (root / "masks/a1.png").rename(root / "masks/z.png"), {}, "without an image: z"),
-        (lambda root: renamed(root / "masks", "mask {}"), {}, "none was recognised.*4 without an image.*manifest.csv"),
+        (lambda root: renamed(root / "masks", "of {}"), {}, "none was recognised.*4 without an image.*manifest.csv"),
         (lambda root: (renamed(root / "images"), renamed(root / "masks")), {}, "'a1 x'.*1 more such.*manifest.csv"),
         (write(f"{HEAD},2 2 2,,"), UNSTATED, "spacing_mm.*'2 2 2'"),
         (write(f"{HEAD},-2,,"), UNSTATED, "line 2: spacing_mm: -2; pixels are"),

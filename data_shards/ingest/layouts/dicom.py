@@ -28,15 +28,20 @@ from data_shards.ingest.dicom_files import (
 )
 from data_shards.ingest.dicom_labels import DicomLabels, LabelObject, grid_problems, read_object
 from data_shards.ingest.dicom_series import DicomSeries, series_of
-from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of, volumes_in
+from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of
+from data_shards.ingest.pictures import picture_stem
+from data_shards.ingest.volume_files import stem
 from data_shards.modalities import is_modality
 from data_shards.problems import Problem
 from data_shards.wording import in_words
 
 # A folder is recognised by one of its first files.
 _MOST_LOOKED_AT = 1000
+_MOST_COUNTED = 1_000_000
 # DICOM's Modality (PS3.3 C.7.3.1.1.1) of series that are volumes, and its name in a set.
 _MODALITY_OF = {"CT": "CT", "MR": "MR", "PT": "PET", "NM": "SPECT"}
+# For labels in another format: those of a series are SEG or RTSTRUCT.
+_AS_NIFTI = "write each series as .nii.gz (dcm2niix), its labels on the same grid, and list both in a manifest.csv"
 _HIDE_NAMES = "its file is named with --prepare.keep-dicom-ids"
 
 
@@ -71,13 +76,16 @@ class Dicom(Layout):
         return "there are DICOM files" if found else None
 
     def not_read(self, root: Path) -> str | None:
-        """Volumes in other formats, in the folder or one below. They are not named, since names may be patients'."""
-        folders = (root, *sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith(".")))
-        files = [(name, file) for folder in folders for name, some in volumes_in(folder).items() for file in some]
-        if not files:
+        """Volumes and pictures in other formats. They are not named, since names may be patients'."""
+        names = [file.name for file in islice(_files(root), _MOST_COUNTED)]
+        volumes = [name[len(one) :].lower() for name in names if (one := stem(name)) is not None]
+        drawn = [name[len(one) :].lower() for name in names if (one := picture_stem(name)) is not None]
+        if not volumes and not drawn:
             return None
-        endings = ", ".join(sorted({file.name[len(name) :].lower() for name, file in files}))
-        return f"{len(files)} files of {endings} beside the DICOM files; --prepare.layout folder reads these instead"
+        endings = ", ".join(sorted({*volumes, *drawn}))
+        instead = "--prepare.layout folder reads these instead; " if volumes else ""
+        what = f"{len(volumes) + len(drawn)} files of {endings} beside the DICOM files; {instead}"
+        return f"{what}if they are the labels of the series, {_AS_NIFTI}"
 
     def read(self, root: Path, request: Request) -> Listing:
         """Every series of images is a case; series that are no volume have problems. The classes are the segments of

@@ -3,13 +3,14 @@
 images/CASE, and labels/CASE or masks/CASE     below train/, val/ and test/ where there are splits
 imagesTr/, labelsTr/, imagesVa/, ...           the same, splits in the folders' names
 CASE and CASE_label in one folder              also _seg and _mask
+CASE/imaging and CASE/segmentation, ...        other words and folders: see `paired`
 manifest.csv                                   columns image and, if they are known, label, modality, ...
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -30,6 +31,7 @@ from data_shards.ingest.layouts.base import (
     volumes_in,
 )
 from data_shards.ingest.layouts.exports import own_modality
+from data_shards.ingest.layouts.paired import paired_by_words
 from data_shards.ingest.layouts.tables import PIXEL_COLUMNS, read_columns, read_table, stated_pixel, stated_split
 from data_shards.ingest.modality import find_modalities, named_by_a_person
 from data_shards.ingest.pictures import Pixel, is_picture, picture_stem
@@ -81,11 +83,11 @@ class Folder(Layout):
         if all((root / name).is_file() for name in MANIFESTS):
             return Listing((), (Problem(str(root), "files", f"both {' and '.join(MANIFESTS)}", "keep one"),))
         try:
-            cases, problems = pairs(root) if manifest is None else _listed(manifest, request.pixel_mm)
+            found = all_pairs(root, request) if manifest is None else _listed(manifest, request.pixel_mm)
         except InputProblems as error:
             return Listing((), error.problems)
+        cases, problems, notes = found
         names = class_names(root / DATASET_FILE, content["labels"]) if "labels" in content else ({}, [])
-        notes = () if manifest is None else tuple(_unused_columns(manifest))
         classes, wrong = _with_segments(names[0], cases)
         names, problems = (classes, names[1]), [*problems, *wrong]
         where = str(manifest or (root / DATASET_FILE if (root / DATASET_FILE).is_file() else root))
@@ -162,6 +164,25 @@ def _manifest(root: Path) -> Path | None:
     return next((root / name for name in MANIFESTS if (root / name).is_file()), None)
 
 
+def all_pairs(
+    root: Path, request: Request, stem_of: StemOf = stem
+) -> tuple[list[Case], list[Problem], tuple[str, ...]]:
+    """The pairs, problems and notes; if no image has a label by `pairs`, those by words of their paths. The user's
+    pattern for patients counts more than these."""
+    cases, problems = pairs(root, stem_of)
+    found = paired_by_words(root, stem_of) if all(case.label is None for case in cases) else None
+    if found is None or not found.cases:
+        return cases, problems, ()
+    cases = [_of_pattern(case, request.patient) if request.patient else case for case in found.cases]
+    return cases, list(found.problems), found.notes
+
+
+def _of_pattern(case: Case, pattern: str) -> Case:
+    """The case, whose patient the pattern finds in its name without the modality; if it finds none, as it was."""
+    name = case.case_id.removesuffix(f"-{case.modality}") if case.modality else case.case_id
+    return replace(case, patient=patient_of(name, pattern) or case.patient)
+
+
 def pairs(root: Path, stem_of: StemOf = stem) -> tuple[list[Case], list[Problem]]:
     """Cases without modality, whose files are found by their names. `stem_of`: the kind of files, see volumes_in."""
     cases: list[Case] = []
@@ -173,8 +194,11 @@ def pairs(root: Path, stem_of: StemOf = stem) -> tuple[list[Case], list[Problem]
             label_files = _by_case({name: files[name] for name in files if name in are_labels}, _label_name)
             image_files = _by_case({name: files[name] for name in files if name not in are_labels}, _case_name)
         else:
-            label_files = _by_case(volumes_in(labels, stem_of), _label_name)
-            image_files = _by_case(volumes_in(images, stem_of), _case_name)
+            of_labels, of_images = volumes_in(labels, stem_of), volumes_in(images, stem_of)
+            # With one name for both, what it ends with is a part of it: _0000 is the first case, and no channel.
+            same = of_labels.keys() & of_images.keys()
+            label_files = _by_case(of_labels, _label_name, same)
+            image_files = _by_case(of_images, _case_name, same)
         for name, of_image in image_files.items():
             image, found = one_file(of_image)
             problems += found
@@ -212,11 +236,14 @@ def _folders(folder: Path | None) -> dict[str, Path]:
     return {one.name.lower(): one for one in inside if one.is_dir()}
 
 
-def _by_case(files: dict[str, list[Path]], case_of: Callable[[str], str]) -> dict[str, list[Path]]:
-    """All files of each case: CASE_seg and CASE_mask are two labels, of which one must be chosen."""
+def _by_case(
+    files: dict[str, list[Path]], case_of: Callable[[str], str], case_names: Collection[str] = ()
+) -> dict[str, list[Path]]:
+    """All files of each case: CASE_seg and CASE_mask are two labels, of which one must be chosen. `case_names`: files
+    that are called as their case."""
     found: dict[str, list[Path]] = {}
     for name, some in files.items():
-        found.setdefault(case_of(name), []).extend(some)
+        found.setdefault(name if name in case_names else case_of(name), []).extend(some)
     return found
 
 
@@ -237,8 +264,8 @@ def _twins(root: Path, cases: list[Case]) -> list[Problem]:
     return [Problem(str(root), f"case id {name}", f"{ids.count(name)} times", remedy) for name in twice]
 
 
-def _listed(manifest: Path, pixel_mm: float | None) -> tuple[list[Case], list[Problem]]:
-    """Cases of a manifest. Raises InputProblems for a table that cannot be read."""
+def _listed(manifest: Path, pixel_mm: float | None) -> tuple[list[Case], list[Problem], tuple[str, ...]]:
+    """Cases of a manifest, problems and notes. Raises InputProblems for a table that cannot be read."""
     cases: list[Case] = []
     problems: list[Problem] = []
     for number, row in enumerate(read_table(manifest, ("image",)), start=2):
@@ -246,7 +273,7 @@ def _listed(manifest: Path, pixel_mm: float | None) -> tuple[list[Case], list[Pr
             cases.append(_row_case(manifest, row, pixel_mm))
         except InputProblems as error:
             problems += [replace(one, field=f"line {number}: {one.field}") for one in error.problems]
-    return cases, problems
+    return cases, problems, tuple(_unused_columns(manifest))
 
 
 def _unused_columns(manifest: Path) -> Iterator[str]:

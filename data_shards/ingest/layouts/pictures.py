@@ -28,7 +28,7 @@ from data_shards.ingest.layouts.exports import (
     own_items,
     own_pixel,
 )
-from data_shards.ingest.layouts.folder import label_of_a_name, listing_of, pairs
+from data_shards.ingest.layouts.folder import all_pairs, label_of_a_name, listing_of, pairs
 from data_shards.ingest.layouts.tables import stated_split
 from data_shards.ingest.pictures import Pixel, picture_stem, unstated_spacing
 from data_shards.labels import UNUSED
@@ -54,7 +54,7 @@ class Pictures(Layout):
         """All pairs; of an export, in the classes and with the facts that it states."""
         try:
             items = own_items(root)
-            cases, problems = pairs(root, picture_stem)
+            cases, problems, said = all_pairs(root, request, picture_stem)
             if items is None:
                 spacing = None if request.pixel_mm is None else (request.pixel_mm, request.pixel_mm)
                 pixel = Pixel(spacing, table=MANIFESTS[0])
@@ -67,7 +67,7 @@ class Pictures(Layout):
         except InputProblems as error:
             return Listing((), error.problems)
         where = root if not (root / DATASET_FILE).is_file() else root / DATASET_FILE
-        notes = tuple(_grey_notes(cases)) if items is not None else ()
+        notes = tuple(_grey_notes(cases)) if items is not None else said
         return listing_of(root, request, (cases, problems), names, str(where), notes)
 
 

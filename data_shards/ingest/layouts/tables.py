@@ -79,10 +79,14 @@ def _opened(file: Path) -> tuple[csv.DictReader[str], list[str]]:
 
 def stated_split(where: Path, word: str) -> str:
     """train, val or test. Raises InputProblems for another word."""
-    for split, words in _SPLIT_WORDS.items():
-        if word.strip().lower() in words:
-            return split
+    if split := split_of_word(word.strip()):
+        return split
     raise problem(where, "split", repr(word[:40]), "write train, val or test")
+
+
+def split_of_word(word: str) -> str:
+    """train, val or test; empty for another word."""
+    return next((split for split, words in _SPLIT_WORDS.items() if word.lower() in words), "")
 
 
 def stated_pixel(where: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
