@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.ingest.foreign_bytes import foreign
 from data_shards.ingest.nifti import SIDE_IS_A_GUESS, Geometry, StoredAs, problems_in_space, problems_with_extent
 from data_shards.problems import Problem, problem, refuse
 
@@ -187,8 +188,14 @@ def _reader(file: Path) -> Any:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise problem(file, "header", f"not {file.suffix[1:].upper()} ({_plain(error)})", _RESTORE) from None
+        value, remedy = foreign(_start(file)) or (_plain(error), _RESTORE)
+        raise problem(file, "header", f"not {file.suffix[1:].upper()} ({value})", remedy) from None
     return reader
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(_FIRST_HEADER_BYTES)
 
 
 def _plain(error: Exception) -> str:

@@ -154,7 +154,7 @@ def _renumbered(path: Path, stored_ids: np.ndarray, known: np.ndarray) -> np.nda
     at = np.minimum(np.searchsorted(known[:, 0], stored_ids), len(known) - 1)
     if (strange := known[at, 0] != stored_ids).any():
         wrong = int(stored_ids[strange].flat[0])
-        remedy = f"name it, or map it, as label_map: {{{wrong}: background}}, in a table (--prepare.labels)"
+        remedy = f"name it, or map it in a table of the classes, as label_map: {{{wrong}: background}}"
         raise UnreadableVolume(str(path), f"label id {wrong} is not among those that are named: {remedy}")
     return known[at, 1].astype(np.uint8)
 

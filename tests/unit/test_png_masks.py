@@ -64,7 +64,7 @@ def animated(frames: int) -> bytes:
         (png(drawn())[:-12], "it ends too early"),
         (png(drawn())[:20], "its header is damaged"),
         (png(drawn()).replace(b"IDAT", b"IDAt"), "is damaged"),
-        (b"", "not PNG by its bytes"),
+        (b"", "an empty file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
