@@ -290,6 +290,15 @@ def _beside(root: Path) -> dict[str, Any]:
     return settings
 
 
+@pytest.mark.parametrize("write", [write_manifest, write_totalsegmentator])
+def test_a_setting_against_the_modality_of_a_table_or_name_is_said(
+    write: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = write(tmp_path / "data") | {"modality": "MR"}
+    said = "taken as MR as stated, against CT by its table or name; else leave --prepare.modality out"
+    assert {case.notes for case in _check(tmp_path / "data", settings).cases} == {(said,)}
+
+
 @pytest.mark.parametrize("name", SAID)
 def test_what_is_doubtful_is_said(name: str, tmp_path: Path) -> None:
     write, words = SAID[name]

@@ -48,6 +48,13 @@ class Request:
         """Whether cases of this modality are used."""
         return self.modalities is None or modality in self.modalities
 
+    def notes_against(self, said: str) -> tuple[str, ...]:
+        """What to say if the setting is another modality than a case's table or name says; `said` may be empty."""
+        if self.modality is None or said in ("", self.modality):
+            return ()
+        what = f"taken as {self.modality} as stated, against {said} by its table or name"
+        return (f"{what}; else leave --prepare.modality out",)
+
     @property
     def any_modality(self) -> str:
         """The modality of a case whose own is a problem, so that its files are checked too."""

@@ -121,7 +121,7 @@ def listing_of(
             case,
             modality=modality_of.get(case.case_id, case.modality) or request.any_modality,
             patient=case.patient or patient_of(case.case_id, request.patient),
-            notes=notes_of.get(case.case_id, ()),
+            notes=(*notes_of.get(case.case_id, ()), *request.notes_against(case.modality)),
         )
         for case in cases
     ]

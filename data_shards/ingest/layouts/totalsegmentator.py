@@ -56,10 +56,11 @@ class TotalSegmentator(Layout):
         cases = [
             Case(
                 folder.name,
-                request.modality or _MODALITY_OF[image.name.split(".")[0].lower()],
+                request.modality or _modality(image),
                 split_of.get(folder.name, ""),
                 image,
                 None,
+                notes=request.notes_against(_modality(image)),
                 patient=patient_of(folder.name, request.patient),
                 organs=tuple((id_of[name], file) for name, file in organs[folder].items()),
             )
@@ -79,6 +80,10 @@ def _folders(root: Path) -> list[Path]:
 def _image(folder: Path) -> Path | None:
     found = {name.lower(): files for name, files in volumes_in(folder).items()}
     return next((found[name][0] for name in _MODALITY_OF if name in found), None)
+
+
+def _modality(image: Path) -> str:
+    return _MODALITY_OF[image.name.split(".")[0].lower()]
 
 
 def _organs(folder: Path) -> dict[str, Path]:
