@@ -40,7 +40,10 @@ NO_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
     "an empty folder": (lambda path: path.mkdir(), "there is no file in it"),
     "zips": (_with("a.zip", "b/c.tar.gz"), "1 files of .zip are archives: unpack them"),
     "arrays": (_with("train_npz/case0005_slice001.npz"), ".npz are arrays, which state no spacing: give the volumes"),
-    "Analyze": (_with("p1.hdr", "p1.img"), "1 files of .img are Analyze or a pair of NIfTI: write each as one .nii.gz"),
+    "two files a volume": (
+        _with("p1.hdr", "p1.img"),
+        "1 files of .img are halves of volumes, header and voxels: write",
+    ),
     "no label": (
         _with("ct/p1.nii", "lung/p1_lung.nii"),
         "no image of 2 volumes or pictures, as ct/p1.nii, has a label",
