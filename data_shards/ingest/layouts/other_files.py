@@ -24,7 +24,7 @@ _KINDS = {
         (".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl", ".b2nd"),
         ("arrays, which state no spacing", "give the volumes that they were made from, or " + _TO_NIFTI),
     ),
-    **dict.fromkeys((".img", ".hdr"), ("halves of volumes, header and voxels", "write each pair as one .nii.gz (nibabel)")),
+    **dict.fromkeys((".img", ".hdr"), ("halves of volumes, header and voxels", "write each pair as one .nii.gz")),
     **dict.fromkeys((".mgz", ".mgh", ".mnc", ".v", ".nhdr", ".gipl", ".par", ".rec"), ("volumes", _TO_NIFTI)),
     **dict.fromkeys((".tfrecord", ".tfrecords", ".parquet", ".arrow", ".lmdb"), ("tables of records", _TO_NIFTI)),
     **dict.fromkeys((".bmp", ".gif", ".webp", ".svs"), ("pictures", "write them as PNG")),
