@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,30 @@ from data_shards.host_memory import HostMemory
 from data_shards.ingest.prepare import PrepareConfig, check
 from data_shards.problems import InputProblems
 from segdiff_dist import cli
-from segdiff_dist.budget.choose import Machine, Speed, Task, choose
+from segdiff_dist.budget import choose as choose_module
+from segdiff_dist.budget.choose import Machine, Networks, Speed, Task, choose, measured
 from segdiff_dist.budget.data_set import DataSet
 from segdiff_dist.budget.lengths import Length, fit, least_seconds
 from segdiff_dist.budget.rows import rows_of
+from segdiff_dist.budget.speed import pass_s, training_s
 from segdiff_dist.planning.memory import Capacity
 from segdiff_dist.stages.plan import PlanRun
 from segdiff_dist.stages.run import Run
 
 GIB = 2**30
 SPEED = Speed(segmenter=0.06, denoiser=0.15, segmenter_pass=0.03, denoiser_pass=0.06)
+MACHINE = Machine(torch.device("cpu"), 2, Capacity(HostMemory(16 * GIB, 16 * GIB)), 100 * GIB)
 FLAGS = ("--prepare.channel", "1", "--prepare.fold", "1", "--prepare.labels", "amos", "--tracking.no-enabled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def of_known_speed() -> Iterator[None]:
+    """Plans are made for MACHINE: on one that is busy the hours would not do, and memory might not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose_module, "training_s", lambda *_: SPEED.denoiser)
+        patch.setattr(choose_module, "pass_s", lambda *_: SPEED.denoiser_pass)
+        patch.setattr(Machine, "here", classmethod(lambda cls, free_bytes: MACHINE))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +60,8 @@ def task(data: Path) -> Task:
     """Eight hours on two cores with 16 GiB, for the recipe of small machines."""
     config = PrepareConfig(channel=1, fold=1, labels="amos")
     data_set = DataSet.of(check(data, data.parent / "set", config))
-    memory = HostMemory(16 * GIB, 16 * GIB)
-    machine = Machine(torch.device("cpu"), 2, Capacity(memory), 100 * GIB)
     paths = {"amos_root": str(data), "data": str(data.parent / "set"), "run": str(data.parent / "run")}
-    return Task(data_set, machine, 8.0, paths, {}, "amos_small")
+    return Task(data_set, MACHINE, 8.0, paths, {}, "amos_small")
 
 
 def test_volumes_of_a_plain_folder_are_volumes_and_files_of_one_plane_are_pictures(tmp_path: Path) -> None:
@@ -80,6 +92,16 @@ def test_the_time_is_shared_and_a_stage_at_its_end_leaves_the_rest_to_the_others
     assert fit(4000, lengths) == {"a": 1000, "b": 6000}
     assert fit(5500, lengths) == {"a": 1000, "b": 9000}, "a has enough, and b gets what it leaves"
     assert fit(1e6, lengths) == {"a": 1000, "b": 10_000}
+
+
+def test_the_speed_of_this_machine_is_measured(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_module, "training_s", training_s)
+    monkeypatch.setattr(choose_module, "pass_s", pass_s)
+    _, experiment = choose(replace(task, recipe="smoke", given={"prepare": {"size": 32}}), speed)
+    networks = Networks.of(experiment, task.data_set, MACHINE.device)
+    found = measured(experiment, networks, MACHINE.device)
+    assert min(found.denoiser_pass, found.denoiser) > 0
+    assert min(found.segmenter_pass, found.segmenter) > 0
 
 
 def test_more_hours_make_longer_trainings_within_the_hours(task: Task) -> None:
