@@ -20,7 +20,7 @@ import asyncio
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +30,7 @@ import aiohttp
 import numpy as np
 import psutil
 import torch
-from support.harness import Contender, arguments, compare, measure, report
+from support.harness import Contender, arguments, compare, measure, report, write
 
 from data_shards.ray_session import num_cores, ray_session
 from segdiff_dist.painting.model import Model, open_model
@@ -171,6 +171,18 @@ def memory_mib() -> dict[str, int]:
     return found
 
 
+def memory_under_load(send: Callable[[], Coroutine[None, None, list[float]]], num: int) -> list[dict[str, int]]:
+    """The memory before and after each tenth of `num` requests; `send` sends a tenth. Prints a line for each."""
+    print(f"memory of the service, over {num:,} requests of one step, in MiB:", flush=True)
+    found = [memory_mib()]
+    print(f"  before  {found[0]}", flush=True)
+    for tenth in range(1, 11 if num else 1):
+        asyncio.run(send())
+        found.append(memory_mib())
+        print(f"  {tenth * (num // 10):,} of {num:,} requests  {found[-1]}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -193,7 +205,6 @@ def main() -> None:
         return
     mask_HW = _pixels(file, model)
     waits: dict[int, list[float]] = {}
-    memory = []
     busy = os.getloadavg()[0]
     shared = max(1, threads // args.processes)
     with served(shared, args.processes, args.processes) as url:
@@ -206,21 +217,18 @@ def main() -> None:
             )
         contenders |= {f"{n} clients": partial(with_clients, waits, send, n) for n in args.clients}
         rates = measure(contenders, args.rounds)
-        for _ in range(10 if args.memory else 0):
-            memory.append(memory_mib())
-            asyncio.run(load(url, file, 8, args.memory // 10, 1))
-        memory.append(memory_mib())
-    most = max(args.clients)
-    notes = {f"{n} clients, p50 and p95, s": _quantiles(waited) for n, waited in sorted(waits.items())}
-    notes |= {
-        "steps": model.pipeline.sampler.num_steps,
-        "threads": threads,
-        "load of the machine before": round(busy, 1),
-    }
-    notes |= {f"MiB before and after each tenth of {args.memory} requests": memory}
-    bare = [_BARE, *(name for name in rates if name.endswith("bare loops"))]
-    compared = [compare(rates, f"{most} clients", one, _TARGET) for one in bare]
-    report(args, rates, compared, unit="images a second", notes=notes)
+        notes = {f"{n} clients, p50 and p95, s": _quantiles(waited) for n, waited in sorted(waits.items())}
+        notes |= {
+            "steps": model.pipeline.sampler.num_steps,
+            "threads": threads,
+            "load of the machine before": round(busy, 1),
+        }
+        bare = [_BARE, *(name for name in rates if name.endswith("bare loops"))]
+        compared = [compare(rates, f"{max(args.clients)} clients", one, _TARGET) for one in bare]
+        record = report(args, rates, compared, unit="images a second", notes=notes)
+        memory = memory_under_load(partial(load, url, file, 8, args.memory // 10, 1), args.memory)
+    record["notes"] |= {f"MiB before and after each tenth of {args.memory} requests": memory}
+    write(args.json, record)
 
 
 def _pixels(file: bytes, model: Model) -> np.ndarray:

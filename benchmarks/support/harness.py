@@ -124,8 +124,9 @@ def report(
     *,
     unit: str,
     notes: Mapping[str, Any] | None = None,
-) -> None:
-    """Print the table and write args.json. `notes`: further measurements and settings, by name."""
+) -> dict[str, Any]:
+    """Print the table and write args.json; the record that was written. `notes`: further measurements and settings, by
+    name."""
     record = stamp(args)
     print(f"\n{headline(record)}\n")
     print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
@@ -144,6 +145,7 @@ def report(
         "notes": dict(notes or {}),
     }
     write(args.json, record)
+    return record
 
 
 def run_script(main: Callable[[], int]) -> None:
