@@ -132,9 +132,11 @@ def test_saved_or_uploaded_it_is_the_same(folder: Path, mask_BHW: np.ndarray, tm
     """Every byte of the folder, and the images of what is loaded from it."""
     np.save(tmp_path / "mask.npy", mask_BHW)
     with Hub() as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        # A process that takes too long is killed, and removes no temporary folder.
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path)}
+        settings |= {"HF_HUB_DISABLE_XET": "1"}
         arguments = [sys.executable, "-c", THROUGH_A_HUB, str(folder), str(tmp_path / "saved"), str(tmp_path)]
-        done = subprocess.run(arguments, env=os.environ | settings, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(arguments, env=os.environ | settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "refused: The directory" in done.stdout
     assert "trust_remote_code=True" in done.stdout
