@@ -28,6 +28,9 @@ from data_shards.host_memory import cpu_quota
 from data_shards.liveness import kill
 from data_shards.problems import problem
 
+# In the environment of a session's workers: a folder for temporary files, which ends with the session. A worker that is
+# killed leaves its own in the machine's.
+SCRATCH = "SEGDIFF_SCRATCH"
 # As an address: start Ray on this machine, also for a job that local processes could do.
 THIS_MACHINE = "local"
 # Ray's own processes on each machine, and on the first one.
@@ -77,6 +80,11 @@ def is_running() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def scratch_folder() -> str | None:
+    """Where a worker of a Ray that was started for a command puts temporary files; None elsewhere: the machine's."""
+    return os.environ.get(SCRATCH)
+
+
 def has_ended() -> bool:
     """Whether a Ray that this process has started has lost one of its two servers: no worker can start any more."""
     if not _is_ours or not is_running():
@@ -117,7 +125,9 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
     import ray
 
     folder = _private_folder()
-    with _authentication(), _environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}), _loopback():
+    (folder / "t").mkdir()
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(32), SCRATCH: str(folder / "t")}
+    with _authentication(), _environment(_PRIVATE | own), _loopback():
         _read_authentication()
         started = _started(
             "Ray on this machine",

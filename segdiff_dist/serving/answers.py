@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.ingest.volumes import Volume
+from data_shards.ray_session import scratch_folder
 from segdiff_dist.evaluation.metrics.overlaps import confusion, dice_per_class
 from segdiff_dist.export.slicewise import CutMask
 from segdiff_dist.export.volume_out import save_values
@@ -40,7 +41,7 @@ def file_of(made: Painting, form: Form) -> bytes:
         picture_HW = picture_of_IJK(np.rint(made.grey_IJK).astype(np.uint8))
         Image.fromarray(np.ascontiguousarray(picture_HW)).save(stream, format="PNG")
         return stream.getvalue()
-    with TemporaryDirectory(prefix="segdiff-") as folder:
+    with TemporaryDirectory(prefix="segdiff-", dir=scratch_folder()) as folder:
         if form == "dicom":
             made.save(Path(folder) / "dicom")
             return _zipped(Path(folder) / "dicom")
@@ -94,7 +95,7 @@ def mask_file(labels: Volume) -> bytes:
 
 def nifti_gz(values_IJK: np.ndarray, affine: np.ndarray, header: Any = None, *, is_flat: bool = False) -> bytes:
     """The bytes of a .nii.gz of canonical values."""
-    with TemporaryDirectory(prefix="segdiff-") as folder:
+    with TemporaryDirectory(prefix="segdiff-", dir=scratch_folder()) as folder:
         file = Path(folder) / "labels.nii.gz"
         save_values(file, values_IJK, affine, header, is_flat=is_flat)
         return file.read_bytes()

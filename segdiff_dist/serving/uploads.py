@@ -17,6 +17,7 @@ import numpy as np
 
 from data_shards.ingest.png_files import kind_of
 from data_shards.problems import problem
+from data_shards.ray_session import scratch_folder
 
 if TYPE_CHECKING:
     from segdiff_dist.painting.masks import MaskFile
@@ -36,7 +37,7 @@ _KINDS = "send one PNG, NIfTI (.nii, .nii.gz), MetaImage (.mha), NRRD or DICOM S
 def stored(content: bytes) -> Iterator[Path]:
     """The upload as a file in a folder of its own, which is removed. Raises InputProblems."""
     ending = _ending(content)
-    with TemporaryDirectory(prefix="segdiff-") as folder:
+    with TemporaryDirectory(prefix="segdiff-", dir=scratch_folder()) as folder:
         file = Path(folder) / f"mask{ending}"
         file.write_bytes(content)
         if ending == ".dcm":

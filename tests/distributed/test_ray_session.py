@@ -68,6 +68,9 @@ def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypat
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         for done in fan_out(lambda: lambda task: (os.environ["RAY_AUTH_MODE"], os.nice(0)), [0], num_workers=1):
             assert done.result == ("token", os.nice(0)), "workers have the priority of the command"
+        for done in fan_out(lambda: lambda task: os.environ[sessions.SCRATCH], [0], num_workers=1):
+            assert Path(str(done.result)).is_dir()
+            assert Path(str(done.result)).is_relative_to(folder), "temporary files of a killed worker end with it"
         listening = [address for process in [psutil.Process(), *below()] for address in listening_at(process)]
         assert len(listening) >= 3
         assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
@@ -79,7 +82,7 @@ def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypat
         refused = subprocess.run(asked, env=stranger, capture_output=True, text=True, timeout=120)
         assert refused.returncode != 0
     assert not folder.exists()
-    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(os.environ)
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", sessions.SCRATCH} & set(os.environ)
     # A second session of the process, with a secret of its own.
     assert [done.result for done in fan_out(lambda: lambda task: task + 1, [1], num_workers=1)] == [2]
     # Ray itself would start another one, for all users of the machine and without an end.
