@@ -88,7 +88,8 @@ def mix_groups(
     taken_GSMA = np.array([group.cells(shape) for group in groups], dtype=bool).reshape(-1, *shape)
     for group, taken_SMA in zip(groups, taken_GSMA, strict=True):
         if not rows_SMA[taken_SMA].any():
-            remedy = "remove the key, or choose its slices with loader.modalities and loader.axes"
+            others = "".join(f" {one.key} {one.weight:g}" for one in groups if one is not group)
+            remedy = f"leave it out: --loader.mix{others}; or choose its slices with loader.modalities and loader.axes"
             problems.append(Problem(where, _field(group), "matches none of the used slices", remedy))
     problems += _overlaps(groups, taken_GSMA, where)
     if not problems:  # otherwise the missing keys may be the wrong ones, misspelt

@@ -12,7 +12,13 @@ from operator import itemgetter
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from data_shards.problems import InputProblems, problem
 from data_shards.ranges import metavar
@@ -20,6 +26,7 @@ from data_shards.ranges import metavar
 T = TypeVar("T")
 
 HELP_ALL = "--help-all"
+_FLAGS_OF = {float: "FLOAT", str: "STR"}
 
 
 def parse_flags(
@@ -141,7 +148,33 @@ def _named(hint: Any) -> Any:
     if tyro.conf.Positional in marks:  # its place has no default
         hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
     has_name = any(getattr(mark, "metavar", None) for mark in marks)
+    hint = _as_pairs(hint)
     return hint if name is None or has_name else Annotated[hint, tyro.conf.arg(metavar=name)]
+
+
+def _as_pairs(hint: Any) -> Any:
+    """A mapping's type as one flag with pairs of a key and a value, which replace those of the configuration. By itself
+    tyro makes a flag of each key that the configuration has, and takes no other."""
+    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(base) is not dict:
+        return hint
+    value_type = get_args(base)[1]
+
+    def read(words: list[str]) -> dict[str, Any]:
+        if len(words) % 2:
+            raise ValueError(f"{words[-1]} has no value: give pairs")
+        return {key: value_type(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+
+    return Annotated[
+        hint,
+        PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"[STR {_FLAGS_OF[value_type]} [STR {_FLAGS_OF[value_type]} ...]]",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda pairs: [str(word) for pair in pairs.items() for word in pair],
+        ),
+    ]
 
 
 def _full_name(arg: str, aliases: Mapping[str, str]) -> str:

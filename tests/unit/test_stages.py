@@ -139,6 +139,17 @@ def test_a_shipped_configuration_goes_by_its_name(capsys: pytest.CaptureFixture[
     assert {"smoke", "demo", "best_ct_mr"} <= set(shipped_names())
 
 
+@pytest.mark.parametrize(("pairs", "mix"), [(["CT", "1", "MR/axial", "0.5"], {"CT": 1.0, "MR/axial": 0.5}), ([], {})])
+def test_pairs_replace_those_of_a_configuration(
+    pairs: list[str], mix: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", "--config", "best_ct_mr", "--loader.mix", *pairs, "--dry-run"])
+    assert yaml.safe_load(capsys.readouterr().out)["loader"]["mix"] == mix
+    for wrong in (["CT"], ["CT", "much"]):
+        assert main(["train", "--config", "best_ct_mr", "--loader.mix", *wrong, "--dry-run"]) == 2
+        assert "--loader.mix" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args",
     [
