@@ -203,8 +203,9 @@ def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
             ]
         )
     return _table(
-        "GPUs | global batch | micro-batch x accumulation | images/s, InfiniBand | of linear | "
-        "launched one by one | $ a million | raw data, MB/s a node | images/s, 25 GbE | of linear | $ a million",
+        "GPUs | global batch | micro-batch x accumulation | images/s, InfiniBand | efficiency | "
+        "without CUDA graph | $ per million images | raw data, MB/s a node | images/s, 25 GbE | efficiency | "
+        "$ per million images",
         rows,
     )
 
