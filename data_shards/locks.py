@@ -19,7 +19,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import stat
 import threading
 import time
@@ -29,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_shards.end_signals import stop_this_command
 from data_shards.lock_holder import MOST_BYTES, Holder, read_holder, read_holder_at, this_job
 from data_shards.problems import InputProblems, OutOfSpace, out_of_space, problem
 
@@ -57,6 +57,7 @@ class Times:
 
 TIMES = Times()
 _begun = False
+_held: set[Held] = set()
 _lent: set[tuple[int, int, str]] = set()
 """(process, thread, file) of locks within which the same thread may take the same lock again."""
 
@@ -102,6 +103,12 @@ def begin_command() -> None:
 def work_has_begun() -> bool:
     """Whether this command has held a lock: before that it has written nothing."""
     return _begun
+
+
+def release_all() -> None:
+    """Release the locks of this process. For a thread that ends it where the main thread does not answer."""
+    for held in list(_held):
+        held.release()
 
 
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
@@ -257,9 +264,11 @@ class Held:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
+        _held.add(self)
 
     def release(self) -> None:
         """Remove the file and release the lock."""
+        _held.discard(self)
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
@@ -277,14 +286,8 @@ class Held:
                 if (other := read_holder_at(self._file)) is not None and other.token != self._own.token:
                     # This machine slept, or was cut off. Two commands must not write.
                     warnings.warn(f"{self._file}: {other} has taken over; this command stops", stacklevel=1)
-                    _stop_this_process()
+                    stop_this_command()
                     return
-
-
-def _stop_this_process() -> None:
-    """Stop this command as Ctrl-C does; if that is ignored, as in a shell's background, as `kill` does."""
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if ignored else signal.SIGINT)
 
 
 def _open(file: Path, where: Path) -> int:

@@ -7,7 +7,6 @@ earlyoom and systemd-oomd do this for a machine. They know neither a container's
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from data_shards.end_signals import stop_this_command
 from data_shards.host_memory import LIMIT, HostMemory, container_memory, held_bytes, own_limit, ranks_here
 
 _LOOK_S = 0.2
@@ -40,7 +40,7 @@ class Guard:
         while not self._ended.wait(_LOOK_S):
             if lack := _lack(factor=1.0):
                 self.reason = f"{self.name}: stopped before memory runs out: {lack}; {remedy(self.lower)}"
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                stop_this_command()
                 self._see_that_it_ends()
                 return
 

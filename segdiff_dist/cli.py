@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from io import TextIOWrapper
 
 from data_shards import lean_imports, memory_guard, plain_warnings
+from data_shards.end_signals import ended_by_signals
 from data_shards.locks import begin_command
 from data_shards.problems import refuse
 from data_shards.progress import QUIET
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     begin_command()
     args, as_json = _without_common_flags(list(sys.argv[1:] if argv is None else argv))
-    with ExitStatus(as_json) as status, memory_guard.guarded(args[0] if args else "segdiff") as status.guard:
+    name = args[0] if args else "segdiff"
+    with ended_by_signals(), ExitStatus(as_json) as status, memory_guard.guarded(name) as status.guard:
         plan = _checked(args, status)
         if plan is not None:
             # Then the JSON is all that the output stream gets.

@@ -1,6 +1,7 @@
 """How a command ends: an error that a user can correct becomes a message and an exit code.
 
-0 done, 1 some of the input failed, 2 input refused before work started, 3 training stopped itself, 130 interrupted.
+0 done, 1 some of the input failed, 2 input refused before work started, 3 training stopped itself, 130 interrupted,
+143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
-from data_shards import memory_guard
+from data_shards import end_signals, memory_guard
 from data_shards.locks import work_has_begun
 from data_shards.problems import InputProblems, WorkFailed, describe
 
@@ -61,9 +62,7 @@ class ExitStatus:
         if memory_guard.is_of_memory(error):
             return self._say(memory_guard.out_of_memory(self.guard.name, self.guard.lower, error), 1)
         if isinstance(error, KeyboardInterrupt):
-            self._errors = ["interrupted"]
-            print("\ninterrupted; the same command continues from here", file=sys.stderr)
-            return 130
+            return self._say_ended()
         if isinstance(error, OSError):
             if _reader_is_gone():
                 raise error
@@ -72,7 +71,14 @@ class ExitStatus:
                 return 1
             print("nothing was started", file=sys.stderr)
             return 2
-        return None
+        # A library's import that is broken off may turn that into an error of its own.
+        return self._say_ended() if end_signals.comes_of_interruption(error) else None
+
+    def _say_ended(self) -> int:
+        text, code = end_signals.ending()
+        self._errors = [text]
+        sys.stderr.write(end_signals.last_line("" if self.only_reads else end_signals.CONTINUES))
+        return code
 
     def _say(self, message: str, code: int) -> int:
         self._errors = [message]

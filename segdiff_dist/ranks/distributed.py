@@ -20,6 +20,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from data_shards import end_signals, locks
 from data_shards.problems import Problem, problem, refuse
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -110,7 +111,7 @@ def launcher_problems() -> list[Problem]:
 def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
     """A context for the time until all ranks are connected. A rank that has waited for `after_s` prints for which ranks
     and where, and again every five minutes. If the shell has the RANK of an earlier launch, a process waits in vain.
-    Ctrl-C ends it at once; torch, which waits in C++, would not hear it."""
+    Ctrl-C, SIGTERM and SIGHUP end it at once; torch, which waits in C++, would not hear them."""
     if world_size() == 1:
         yield
         return
@@ -130,9 +131,12 @@ def _remind(met: threading.Event, received: int, after_s: float) -> None:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     begun, due_s = time.monotonic(), after_s
     while not met.wait(min(_LOOK_S, after_s)):
-        if select.select([received], [], [], 0)[0] and signal.SIGINT in os.read(received, 64):
-            os.write(2, b"\ninterrupted; the same command continues from here\n")
-            os._exit(130)
+        numbers = os.read(received, 64) if select.select([received], [], [], 0)[0] else b""
+        for number in (signal.SIGINT, *end_signals.SIGNALS):
+            if number in numbers:
+                os.write(2, end_signals.last_line(number=number).encode())
+                locks.release_all()
+                os._exit(end_signals.ending(number)[1])
         if (waited_s := time.monotonic() - begun) >= due_s:
             waiting = f"rank {rank()} of {world_size()} has waited {waited_s:.0f} s for {others} at {where}"
             sys.stderr.write(f"{waiting}; {_UNSET}\n")

@@ -89,7 +89,7 @@ class Tracker:
             return
         if self._watch is not None:
             self._watch.stop()
-        state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        state = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
         try:
             self._append("tags", values={f"stage.{self.stage}": state})
             self._append("status", status={"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))

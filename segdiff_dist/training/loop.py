@@ -97,8 +97,8 @@ class TrainingJob:
 def train(job: TrainingJob) -> None:
     """Train from the newest checkpoint in the job's folder on, to config.num_images. Call it on every rank.
 
-    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt. The same call resumes from there, on any
-    number of ranks and with any zero_stage.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save a checkpoint and raise KeyboardInterrupt. The same call resumes from there,
+    on any number of ranks and with any zero_stage.
 
     Raises TrainingStopped after config.max_skipped_steps skipped steps in a row, and OSError if the last checkpoint
     cannot be written.

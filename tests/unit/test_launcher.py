@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -42,21 +43,30 @@ def test_the_main_rank_names_the_others(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "rank 0 of 4 has waited 0 s for ranks 1 to 3" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_who_waits_in_vain() -> None:
-    code = (
-        "import signal; from datetime import timedelta; import torch.distributed as dist\n"
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")]
+)
+def test_a_signal_ends_who_waits_in_vain(number: signal.Signals, code: int, words: str, tmp_path: Path) -> None:
+    waits = (
+        "import signal, sys; from datetime import timedelta; from pathlib import Path\n"
+        "import torch.distributed as dist\n"
+        "from data_shards.locks import locked\n"
+        "from data_shards.end_signals import ended_by_signals\n"
         "from segdiff_dist.ranks.distributed import naming_who_is_missing\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "with naming_who_is_missing(after_s=0.2):\n"
+        "lock = Path(sys.argv[1], '.lock')\n"
+        "with ended_by_signals(), locked(lock, lock.parent, 'trains'), naming_who_is_missing(after_s=0.2):\n"
         "    dist.TCPStore('127.0.0.1', 0, 4, is_master=True, timeout=timedelta(seconds=60))"
     )
     environment = {**os.environ, **STALE, "RANK": "0"}
-    waiting = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", waits, str(tmp_path)]
+    waiting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr is not None
     assert "has waited" in waiting.stderr.readline()
-    waiting.send_signal(signal.SIGINT)
-    assert waiting.wait(timeout=20) == 130
-    assert "interrupted; the same command continues from here" in waiting.stderr.read()
+    waiting.send_signal(number)
+    assert waiting.wait(timeout=20) == code
+    assert f"{words}; the same command continues from here" in waiting.stderr.read()
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_meets_in_time_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,17 +14,19 @@ from data_shards.host_memory import LIMIT, host_memory, own_limit
 # Holds more and more memory, in Python, or in one call that hears no signal; with a worker that holds some too.
 _GROWS = """
 import subprocess, sys, time
+from data_shards.end_signals import ended_by_signals
 from data_shards.memory_guard import guarded
 from segdiff_dist.exit_status import ExitStatus
 
 worker = subprocess.Popen([sys.executable, "-c", "import time; held = bytearray(40_000_000); time.sleep(60)"])
 print(worker.pid, flush=True)
-with ExitStatus() as status, guarded("train", "--train.micro-batch-size") as status.guard:
+with ended_by_signals(), ExitStatus() as status, guarded("train", "--train.micro-batch-size") as status.guard:
     held = []
     while True:
         held.append({grow})
         time.sleep(0.02)
 worker.kill()
+print("ended in order", flush=True)
 raise SystemExit(status.code)
 """
 
@@ -59,12 +61,20 @@ def test_what_the_ranks_of_a_machine_hold_counts_together() -> None:
     assert ended.stderr.startswith("error: train: stopped before memory runs out: this command and its workers hold 0.")
 
 
-@pytest.mark.parametrize("grow", ["bytearray(4_000_000)", "sorted(range(2_000_000), key=lambda one: -one)"])
-def test_a_command_stops_by_itself_and_says_what_to_lower(grow: str) -> None:
+@pytest.mark.parametrize(
+    ("grow", "begin"),
+    [
+        ("bytearray(4_000_000)", ""),
+        ("sorted(range(2_000_000), key=lambda one: -one)", ""),
+        ("bytearray(4_000_000)", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"),  # a shell's background
+    ],
+)
+def test_a_command_stops_by_itself_and_says_what_to_lower(grow: str, begin: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), LIMIT: "0.25"}
-    command = [sys.executable, "-c", _GROWS.replace("{grow}", grow)]
+    command = [sys.executable, "-c", f"{begin}\n{_GROWS.replace('{grow}', grow)}"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 1
+    assert not begin or "ended in order" in ended.stdout
     [line] = ended.stderr.splitlines()
     assert line.startswith("error: train: stopped before memory runs out: this command and its workers hold 0.")
     assert line.endswith(f"{LIMIT} allows 0.25 GiB; lower --train.micro-batch-size; then start the same command again")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tracking_support import Server, free_port, until
 
+from data_shards.end_signals import Ended
 from data_shards.problems import InputProblems
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.mlflow_run import tracking_uri
@@ -178,13 +179,18 @@ def test_stages_share_a_run_and_a_failure_is_marked(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(Ended), Tracker(tmp_path / "moved", QUIET, "train-segmenter") as ended:
+        raise Ended("SIGTERM")
+    assert ended.run_id is not None
+    assert client(tmp_path / "moved").get_run(ended.run_id).info.status == "KILLED"
     with Tracker(tmp_path / "moved", QUIET, "evaluate") as last:
         last.log_params({"seed": 2, "more": "x"})
     assert first.run_id == last.run_id is not None
     found = client(tmp_path / "moved").get_run(last.run_id)
     assert found.data.params == {"seed": "1", "more": "x"}
     stages = {key: value for key, value in found.data.tags.items() if key.startswith("stage.")}
-    assert stages == {"stage.train": "finished", "stage.sample": "failed", "stage.evaluate": "finished"}
+    finished = {"stage.train": "finished", "stage.evaluate": "finished"}
+    assert stages == finished | {"stage.sample": "failed", "stage.train-segmenter": "interrupted"}
 
 
 def test_system_metrics_go_under_mlflows_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
