@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from data_shards.end_signals import ended_by_signals
 from data_shards.locks import locked
 from data_shards.problems import WorkFailed
 from segdiff_dist.exit_status import ExitStatus
@@ -154,7 +155,7 @@ def _segmenter_beside(demo: Demo, log: Path) -> Iterator[None]:
         process.join()
     except BaseException:
         if process.is_alive():  # it saves a checkpoint, as this one did
-            os.kill(process.pid or 0, signal.SIGINT)
+            os.kill(process.pid or 0, signal.SIGTERM)  # a second SIGINT would end it before that
             process.join(60.0)
         raise
     finally:
@@ -171,6 +172,6 @@ def _train_segmenter(demo: Demo, log: Path, threads: int) -> None:
         for output in (sys.stdout, sys.stderr):
             os.dup2(stream.fileno(), output.fileno())
     torch.set_num_threads(threads)
-    with ExitStatus() as status:
+    with ended_by_signals(), ExitStatus() as status:
         stage_of(TrainSegmenter, demo.experiment, demo.config).check().start().say()
     raise SystemExit(status.code)
