@@ -152,7 +152,7 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
                 yield
         finally:
             _is_ours = False
-            if has_started:
+            if has_started or isinstance(sys.exc_info()[1], KeyboardInterrupt):  # its logs say why it did not start
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -169,9 +169,9 @@ def _joined(address: str) -> Iterator[None]:
 _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
 
 
-def _start_again_where_slow(start: Callable[[], object]) -> None:
+def _start_again_where_slow(start: Callable[[], object], is_over: threading.Event) -> None:
     """Ray gives its own processes 30 s to start, which may not be enough on a busy machine, so it is tried again: three
-    or four times. Each time more of its files are in memory."""
+    or four times, until `is_over`. Each time more of its files are in memory."""
     import ray
 
     begun = time.monotonic()
@@ -181,7 +181,7 @@ def _start_again_where_slow(start: Callable[[], object]) -> None:
             return
         except Exception as error:
             is_slow = "timed out during startup" in str(error)
-            if not is_slow or time.monotonic() - begun > START_TIMEOUT_S / 2:
+            if is_over.is_set() or not is_slow or time.monotonic() - begun > START_TIMEOUT_S / 2:
                 raise
             ray.shutdown()
 
@@ -199,7 +199,7 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
 
     def begin() -> None:
         try:
-            _start_again_where_slow(start)
+            _start_again_where_slow(start, is_over)
         except BaseException as error:  # Ray also raises plain Exceptions, for example if its raylet does not start
             failed.append(error)
         is_there.set()
@@ -215,9 +215,12 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
             raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
         yield
     finally:
-        if is_there.is_set():  # also parts that had started when the rest failed
+        is_starting = not is_there.is_set()
+        if not is_starting:  # also parts that had started when the rest failed
             _shut_down(where, is_ours)
         is_over.set()
+        if is_starting and is_ours:  # interrupted, or given up
+            kill(_own_processes())
 
 
 def within(seconds: float, do: Callable[[], object]) -> bool:

@@ -20,6 +20,7 @@ import pytest
 
 from data_shards import liveness
 from data_shards import ray_session as sessions
+from data_shards.end_signals import Ended, ended_by_signals
 from data_shards.fan_out import fan_out, ray_session
 from data_shards.problems import InputProblems
 from data_shards.tasks import TaskFailure
@@ -114,6 +115,25 @@ def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         ray_session(num_cpus=1),
     ):
         pass
+
+
+def test_nothing_is_left_of_a_start_that_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir="/tmp"))
+    started: list[Path] = []
+
+    def init(*_: object, _temp_dir: str, **__: object) -> None:
+        started.append(Path(_temp_dir))
+        started[0].mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Ended), ended_by_signals(), ray_session(num_cpus=1):
+        pass
+    assert started
+    assert not list(Path(tempfile.gettempdir()).iterdir())
 
 
 def test_a_ray_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
