@@ -73,7 +73,14 @@ def wrong_flags(box: str, prog: str, likely: Sequence[str] = ()) -> InputProblem
     if likely and (stray := re.match(r"\w+ options: ([^-,\s][^,]*)", parts[0])):
         remedy += f"give {' or '.join(f'{flag} {stray[1]}' for flag in likely)}; "
     what = re.sub(r"^(Missing from [^:]+: )\{?([\w-]+)\}? .*\(required\).*", r"\1\2", parts[0])
+    what = re.sub(r"no type matching (\S+) could be instantiated from \['?(.*?)'?\]", _of_no_type, what)
     return problem("command line", "flags", what.rstrip(".") or "wrong", f"{remedy}`{prog} {HELP_ALL}` lists them")
+
+
+def _of_no_type(found: re.Match[str]) -> str:
+    """`'high' is not FLOAT or None`, from tyro's words for a value of a type that allows several kinds."""
+    kinds = sorted((kind.strip("{}") for kind in found[1].split("|")), key="None".__eq__)
+    return f"{found[2]!r} is not {' or '.join(kinds)}"
 
 
 def _likely(cls: type[Any], given: Sequence[str], aliases: Mapping[str, str]) -> list[str]:

@@ -117,6 +117,9 @@ def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.Capture
         assert last == "1 problem; nothing was started"
     for args, named in (
         (["paint", "mask.png"], "mask.png; give -i mask.png; "),
+        (["paint", "--guidance", "high"], "--guidance: 'high' is not FLOAT or None; "),
+        (["train", "--train.micro-batch-size", "many"], "'many' is not INT or auto; "),
+        (["sample", "--num", "many"], "--sample.num: 'many' is not INT or None; "),
         (["paint", "-i", "mask.png", "ct.png"], "ct.png; give -o ct.png; "),
         (["train", "runs/a"], "runs/a; give --data runs/a or --run runs/a; "),
         (["reproduce"], "Missing from segdiff reproduce: table1; "),
