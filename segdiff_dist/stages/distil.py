@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from data_shards.problems import problem, refuse
 from segdiff_dist.denoising.distil_config import DistilConfig
-from segdiff_dist.experiment import Experiment, collect, load_experiment, recorded_config, refuse_another_config
-from segdiff_dist.ranks.distributed import pick_device, world_size
-from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
+from segdiff_dist.experiment import Experiment, collect, load_experiment, recorded_config
+from segdiff_dist.ranks.distributed import world_size
+from segdiff_dist.stages.base import Plan
+from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.distil_task import DistilTask, Teacher
+    from segdiff_dist.stages.training_setup import TrainingSetup
     from segdiff_dist.tracking.tracker import Tracker
 
 _SECTIONS = ("distil", "denoiser", "diffusion", "train", "validation", "loader")
@@ -55,60 +53,49 @@ class Distil(ConfiguredStage):
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.export.model_set import refuse_other_set
         from segdiff_dist.sampling.weights import weights_digest
-        from segdiff_dist.stages.training_plan import (
-            TrainingPlan,
-            modalities_of,
-            settle_precision,
-            side_of,
-            training_rows,
-        )
-        from segdiff_dist.training.captured import device_problems
+        from segdiff_dist.stages.training_plan import TrainingPlan
 
-        run, _ = collect(lambda: self.path("run"), lambda: teacher_weights(self.distil, self._average))
-        _refuse_the_teachers_run(self.experiment, run)
-        refuse(self.distil.problems(world_size()))
-        run, shards = self.open_run_and_data(self.experiment.more_data)
-        config = settle_precision(self.distil.train, self.experiment, "distil.train", run / "checkpoints")
-        distil, loader = replace(self.distil, train=config), self.experiment.loader
-        experiment = replace(self.experiment, distil=distil, train=config)
-        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        setup = self._open()
+        shards, distil = setup.shards, setup.experiment.distil
         folder = teacher_weights(distil, self._average)
         teacher = Teacher.load(folder, self.experiment.diffusion, weights_digest(folder))
-        picked = partial(pick_device, config.device, "distil.train.device")
-        others = partial(_refuse_others, experiment, run, teacher)
+        others = partial(_refuse_others, setup, teacher)
         collect(
-            lambda: refuse(teacher.problems(shards, side, modalities_of(shards, rows))),
+            lambda: refuse(teacher.problems(shards, setup.side, setup.modalities)),
             lambda: refuse(distil.teacher_problems(teacher.diffusion)),
             lambda: refuse(self.tracking.problems()),
-            lambda: refuse(device_problems(config, "distil.train", picked())),
+            setup.check_device,
             others,
             lambda: refuse_other_set(
                 Path(str(distil.teacher)), shards, "give --data the set of the teacher's training"
             ),
         )
-        device, passes = picked(), teacher_passes(teacher.diffusion, distil)
-        sampler = distil.sampler
+        passes, network = teacher_passes(teacher.diffusion, distil), teacher.model.config
         return TrainingPlan(
-            experiment=experiment,
+            setup=setup,
             stage="distil",
-            section="distil.train",
-            folder=run,
-            shards=shards,
-            rows=rows,
-            loader=loader,
-            config=config,
-            device=device,
-            recipe=recipe_of(self.config),
-            network=denoiser_network(teacher.model.config, shards, side, device).with_forwards(passes),
-            make_task=partial(_make_task, self, run, shards, teacher, distil, device),
+            loader=setup.experiment.loader,
+            network=denoiser_network(network, shards, setup.side, setup.device).with_forwards(passes),
+            make_task=partial(_make_task, setup, teacher),
             refuse_others=others,
             saved_sections=(*_SECTIONS, "data", "more_data", "sample"),
             logged_sections=_SECTIONS,
-            message=f"distil: {device}, {config.precision}; {distil.num_steps} steps for {sampler.num_steps} of the "
-            f"teacher, guidance {sampler.guidance:g}, {passes} passes of the teacher an image",
-            next_command=command("sample", "--run", run, *address_flag(experiment)),
-            limits={},
+            message=f"distil: {setup.device}, {setup.config.precision}; {distil.num_steps} steps for "
+            f"{distil.sampler.num_steps} of the teacher, guidance {distil.sampler.guidance:g}, {passes} passes of the "
+            "teacher an image",
+            next_command=setup.command("sample"),
         ).checked()
+
+    def _open(self) -> TrainingSetup:
+        """The set and the student's run folder, which is not the teacher's. Its `train` is `distil.train`."""
+        from segdiff_dist.denoising.distil_task import teacher_weights
+        from segdiff_dist.stages.training_setup import TrainingSetup
+
+        run, _ = collect(lambda: self.path("run"), lambda: teacher_weights(self.distil, self._average))
+        _refuse_the_teachers_run(self.experiment, run)
+        refuse(self.distil.problems(world_size()))
+        setup = TrainingSetup.open(self, "distil.train")
+        return replace(setup, experiment=replace(setup.experiment, train=setup.config))
 
     @property
     def _average(self) -> str:
@@ -152,39 +139,31 @@ def _refuse_the_teachers_run(experiment: Experiment, run: Path) -> None:
         raise problem(run, "--run", "holds another training", "give another run folder")
 
 
-def _refuse_others(experiment: Experiment, run: Path, teacher: Teacher) -> None:
+def _refuse_others(setup: TrainingSetup, teacher: Teacher) -> None:
     """Refuse to go on with a training of other settings, or of another teacher."""
     from segdiff_dist.denoising.distil_task import refuse_another_teacher
 
     collect(
-        lambda: refuse_another_config(experiment, run / "checkpoints", ("distil", "loader")),
-        lambda: refuse_another_teacher(run / "weights", teacher),
+        lambda: setup.check_settings("distil", "loader"),
+        lambda: refuse_another_teacher(setup.run / "weights", teacher),
     )
 
 
-def _make_task(
-    stage: Distil,
-    run: Path,
-    shards: ShardSet,
-    teacher: Teacher,
-    distil: DistilConfig,
-    device: torch.device,
-    tracker: Tracker,
-) -> DistilTask:
+def _make_task(setup: TrainingSetup, teacher: Teacher, tracker: Tracker) -> DistilTask:
     """The training task and its pictures."""
     from segdiff_dist.denoising.distil_task import DistilTask, as_student
     from segdiff_dist.denoising.sample_grid import SampleGrids
     from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
 
-    loader = stage.experiment.loader
+    shards, loader, distil = setup.shards, setup.experiment.loader, setup.experiment.distil
     held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
     diffusion, sampler = as_student(teacher.diffusion, distil)
     validation = DenoiserValidation(
         HeldOutSlices(shards, held_out, loader, teacher.model.config.soft_masks),
         diffusion,
         sampler,
-        stage.experiment.validation,
-        device,
-        SampleGrids(run / "pictures", shards.label_table, tracker),
+        setup.experiment.validation,
+        setup.device,
+        SampleGrids(setup.run / "pictures", shards.label_table, tracker),
     )
-    return DistilTask(shards, teacher, distil, run / "weights", device, validation)
+    return DistilTask(shards, teacher, distil, setup.run / "weights", setup.device, validation)

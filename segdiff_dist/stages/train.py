@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import problem, refuse
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
-from segdiff_dist.experiment import Experiment, collect, refuse_another_config
-from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
-from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
+from segdiff_dist.experiment import Experiment, collect
+from segdiff_dist.ranks.distributed import is_main, world_size
+from segdiff_dist.stages.base import Plan
+from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import TrainConfig
 
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
-    import torch
 
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.denoising.cascade import LowerStage
+    from segdiff_dist.denoising.cascade import LowerStage, ShrunkSpace
     from segdiff_dist.denoising.frozen_base import Base
     from segdiff_dist.denoising.latent_space import LatentSpace
     from segdiff_dist.denoising.task import DenoiserTask
+    from segdiff_dist.denoising.validation import DenoiserValidation
+    from segdiff_dist.stages.training_setup import TrainingSetup
     from segdiff_dist.tracking.tracker import Tracker
 
 _SECTIONS = ("denoiser", "diffusion", "train", "validation", "loader")
@@ -73,67 +74,54 @@ class Train(ConfiguredStage):
         from segdiff_dist.denoising.latent_space import find_space
         from segdiff_dist.denoising.latents import latents_bytes, latents_message
         from segdiff_dist.denoising.network_shapes import denoiser_network
-        from segdiff_dist.stages import training_plan
         from segdiff_dist.stages.training_plan import TrainingPlan, small_config
+        from segdiff_dist.stages.training_setup import TrainingSetup
 
         denoiser, diffusion, loader = self.denoiser, self.diffusion, self.loader
-        run, shards = self.open_run_and_data(self.more_data)
-        config = training_plan.settle_precision(self.train, self.experiment, "train", run / "checkpoints")
-        experiment, compiling = replace(self.experiment, train=config), replace(self, train=config)
-        side = training_plan.side_of(shards, loader.crop_size)
-        rows = training_plan.training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
-        picked = partial(pick_device, config.device, "train.device")
+        setup = TrainingSetup.open(self, "train", labelled_only=denoiser.conditioning != "none")
+        shards, side = setup.shards, setup.side
         [latent] = collect(lambda: find_space(denoiser, diffusion, side, shards.modalities))
-        others = partial(_refuse_others, experiment, run, latent, shards)
+        others = partial(_refuse_others, setup, latent)
         net_side = side // latent.factor if latent is not None else denoiser.low_resolution or side
         base, lower, *_, attention, kernels = collect(
-            lambda: _fitting_base(self, run, shards, rows),
-            lambda: _fitting_lower(self, run, shards, rows),
-            *_rules(self, config, shards, rows, net_side),
+            lambda: _fitting_base(setup),
+            lambda: _fitting_lower(setup),
+            *_rules(setup, net_side),
             others,
-            lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
-            lambda: choose_kernels(denoiser.kernels, picked()),
+            lambda: choose_attention(denoiser.attention, setup.device, denoiser.attention_head_dim),
+            lambda: choose_kernels(denoiser.kernels, setup.device),
         )
-        device = picked()
-        _warn_of_no_masks(experiment, shards)
-
+        _warn_of_no_masks(setup.experiment, shards)
+        frozen = None if base is None else base.net
         return TrainingPlan(
-            experiment=experiment,
+            setup=setup,
             stage="train",
-            section="train",
-            folder=run,
-            shards=shards,
-            rows=rows,
             loader=loader,
-            config=config,
-            device=device,
-            recipe=recipe_of(self.config),
-            network=denoiser_network(
-                denoiser, shards, side, device, None if base is None else base.net, latent, diffusion.passes, lower
-            ),
-            make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
-            extra_bytes=latents_bytes(latent, loader, len(rows)) + copies_bytes(lower, len(config.averages) + 1),
-            make_task=partial(_make_task, self, run, shards, rows, device),
+            network=denoiser_network(denoiser, shards, side, setup.device, frozen, latent, diffusion.passes, lower),
+            make_extra=None if latent is None else partial(_encode, setup),
+            extra_bytes=latents_bytes(latent, loader, len(setup.rows))
+            + copies_bytes(lower, len(setup.config.averages) + 1),
+            make_task=partial(_make_task, setup),
             refuse_others=others,
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
-            message=f"train: {device}, {config.precision}, kernels: {kernels}, attention: {attention}"
+            message=f"train: {setup.device}, {setup.config.precision}, kernels: {kernels}, attention: {attention}"
             + latents_message(latent, loader)
             + stage_message(denoiser, lower),
-            next_command=command("sample", "--run", run, *address_flag(experiment)),
-            limits={"small": lambda: small_config(shards, side, device)},
-            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
+            next_command=setup.command("sample"),
+            limits={"small": lambda: small_config(shards, side, setup.device)},
+            compile_kernels=_compiling(setup) if kernels == "triton" else None,
         ).checked()
 
 
-def _refuse_others(experiment: Experiment, run: Path, latent: LatentSpace | None, shards: ShardSet) -> None:
+def _refuse_others(setup: TrainingSetup, latent: LatentSpace | None) -> None:
     """Refuse to go on with a training of other settings, or on other latents."""
     from segdiff_dist.denoising.latents import refuse_other_latents
 
     collect(
-        lambda: refuse_another_config(experiment, run / "checkpoints", _STARTED_WITH),
-        lambda: refuse_other_latents(run, latent, shards),
+        lambda: setup.check_settings(*_STARTED_WITH),
+        lambda: refuse_other_latents(setup.run, latent, setup.shards),
     )
 
 
@@ -149,125 +137,139 @@ def _warn_of_no_masks(experiment: Experiment, shards: ShardSet) -> None:
         )
 
 
-def _rules(
-    stage: Train, config: TrainConfig, shards: ShardSet, rows: np.ndarray, net_side: int
-) -> tuple[Callable[[], object], ...]:
+def _rules(setup: TrainingSetup, net_side: int) -> tuple[Callable[[], object], ...]:
     """Checks of the sections, each of which raises the problems that it finds."""
-    from data_shards.feed.mixing import mix_groups
     from segdiff_dist.denoising.task import find_problems
-    from segdiff_dist.training.captured import device_problems
 
-    diffusion, loader = stage.diffusion, stage.loader
+    experiment, loader = setup.experiment, setup.experiment.loader
+    denoiser, diffusion = experiment.denoiser, experiment.diffusion
     return (
-        lambda: refuse(find_problems(shards, net_side, stage.denoiser, diffusion)),
-        lambda: refuse(stage.denoiser.loader_problems(loader)),
-        lambda: refuse(config.problems("train", world_size()) + loader.problems()),
-        lambda: refuse(stage.validation.problems(diffusion)),
-        lambda: refuse(stage.tracking.problems()),
-        lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-        lambda: refuse(device_problems(config, "train", pick_device(config.device, "train.device"))),
+        lambda: refuse(find_problems(setup.shards, net_side, denoiser, diffusion)),
+        lambda: refuse(denoiser.loader_problems(loader)),
+        lambda: refuse(setup.config.problems("train", world_size()) + loader.problems()),
+        lambda: refuse(experiment.validation.problems(diffusion)),
+        lambda: refuse(experiment.tracking.problems()),
+        setup.check_mix,
+        setup.check_device,
     )
 
 
-def _fitting_base(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> Base | None:
+def _fitting_base(setup: TrainingSetup) -> Base | None:
     """The base of a ControlNet, which goes with the settings."""
     from segdiff_dist.denoising.frozen_base import Base
-    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
-    base = Base.find(stage.denoiser, run)
+    denoiser, diffusion = setup.experiment.denoiser, setup.experiment.diffusion
+    base = Base.find(denoiser, setup.run)
     if base is not None:
-        side, seen = side_of(shards, stage.loader.crop_size), modalities_of(shards, rows)
-        refuse(base.problems(stage.denoiser, stage.diffusion, side, shards.modalities, seen))
+        refuse(base.problems(denoiser, diffusion, setup.side, setup.shards.modalities, setup.modalities))
     return base
 
 
-def _fitting_lower(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> LowerStage | None:
+def _fitting_lower(setup: TrainingSetup) -> LowerStage | None:
     """The lower stage of a cascade, which goes with the settings."""
     from segdiff_dist.denoising.cascade import LowerStage
     from segdiff_dist.denoising.frozen_base import Base
-    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
-    denoiser, side = stage.denoiser, side_of(shards, stage.loader.crop_size)
+    denoiser, diffusion, side = setup.experiment.denoiser, setup.experiment.diffusion, setup.side
     own = denoiser.low_resolution
     if own is not None and (own >= side or side % own):
         remedy = f"give a divisor of the slices' side ({side}) below it, such as {side // 2}"
         raise problem("config", "denoiser.low_resolution", own, remedy)
-    below = Base.below(denoiser, run)
+    below = Base.below(denoiser, setup.run)
     if below is None:
         return None
-    refuse(below.problems_below(denoiser, stage.diffusion, shards, side, modalities_of(shards, rows)))
+    refuse(below.problems_below(denoiser, diffusion, setup.shards, side, setup.modalities))
     return LowerStage.open(below.folder)
 
 
-def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) -> Callable[[int], None] | None:
+def _compiling(setup: TrainingSetup) -> Callable[[int], None] | None:
     """Compiles the kernels of micro-batches of a given number of images on this GPU; None if they cannot be known
     before."""
     from segdiff_dist.denoising.kernels_ahead import compile_kernels, plan_of
 
-    config, table = stage.train, shards.label_table
-    net = stage.denoiser
+    config, table, side, device = setup.config, setup.shards.label_table, setup.side, setup.device
+    net = setup.experiment.denoiser
     if net.space != "pixel" or net.low_resolution is not None or net.cascade is not None:
         return None
     if device.type != "cuda" or (config.zero_stage == 0 and config.precision == "bf16"):
         return None  # under autocast, dtypes depend on the device
-    passes = stage.diffusion.passes
+    passes = setup.experiment.diffusion.passes
     return lambda images: compile_kernels(plan_of(net, table, side, passes * images, config.precision, device))
 
 
-def _encode(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device) -> np.ndarray | None:
+def _encode(setup: TrainingSetup) -> np.ndarray | None:
     """The latents of the slices to train and to validate on, and their scale, in RUN/latents."""
     from segdiff_dist.denoising.latent_space import LatentSpace
     from segdiff_dist.denoising.latents import latents_of
     from segdiff_dist.training.engine import start_distributed
 
-    start_distributed(device)
-    space = LatentSpace.open(str(stage.denoiser.autoencoder))
-    space.move_to(device)
-    return latents_of(space, shards, rows, stage.loader, run)
+    start_distributed(setup.device)
+    space = LatentSpace.open(str(setup.experiment.denoiser.autoencoder))
+    space.move_to(setup.device)
+    return latents_of(space, setup.shards, setup.rows, setup.experiment.loader, setup.run)
 
 
-def _make_task(
-    stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
-) -> DenoiserTask:
-    """The training task and its validation. Measures sigma_data if the objective needs it."""
-    from segdiff_dist.denoising.cascade import LowerStage, ShrunkSpace
-    from segdiff_dist.denoising.frozen_base import Base
+def _make_task(setup: TrainingSetup, tracker: Tracker) -> DenoiserTask:
+    """The training task and its validation."""
+    from segdiff_dist.denoising.cascade import ShrunkSpace
     from segdiff_dist.denoising.latents import run_space
-    from segdiff_dist.denoising.sample_grid import SampleGrids
-    from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask
-    from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
-    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
-    denoiser, loader = stage.denoiser, stage.loader
-    base, latent = Base.find(denoiser, run), run_space(denoiser, run / "weights")
-    below, side = Base.below(denoiser, run), side_of(shards, loader.crop_size)
-    shrunk = ShrunkSpace.of(denoiser, side)
-    if latent is not None:
-        latent.move_to(device)
+    denoiser, shards, weights = setup.experiment.denoiser, setup.shards, setup.run / "weights"
+    space = run_space(denoiser, weights)
+    if space is not None:
+        space.move_to(setup.device)
+    shrunk = ShrunkSpace.of(denoiser, setup.side)
+    process = _measured_diffusion(setup, on_latents=space is not None, factor=1 if shrunk is None else shrunk.factor)
+    validation = _validation(setup, process, space or shrunk, tracker)
+    seed = setup.config.seed
+    task = DenoiserTask(shards, setup.side, denoiser, process, seed, weights, setup.device, validation)
+    task.model.trained_on = setup.modalities
+    return task
+
+
+def _measured_diffusion(setup: TrainingSetup, on_latents: bool, factor: int) -> DiffusionConfig:
+    """The diffusion with its sigma_data, measured on these slices if the objective needs it, and the length of its
+    consistency ramp. `factor`: how much smaller than the slices the denoised images are."""
+    from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.sigma_data import with_sigma_data
+
+    denoiser, diffusion = setup.experiment.denoiser, setup.experiment.diffusion
+    base = Base.find(denoiser, setup.run)
     process = with_sigma_data(
-        stage.diffusion if base is None else base.with_its_sigma_data(stage.diffusion),
-        shards,
-        rows,
-        on_latents=latent is not None,
-        factor=1 if shrunk is None else shrunk.factor,
+        diffusion if base is None else base.with_its_sigma_data(diffusion),
+        setup.shards,
+        setup.rows,
+        on_latents=on_latents,
+        factor=factor,
     )
     if process.consistency_weight > 0 and process.consistency_ramp_images is None:
-        process = replace(process, consistency_ramp_images=stage.train.num_images)
+        process = replace(process, consistency_ramp_images=setup.config.num_images)
+    return process
+
+
+def _validation(
+    setup: TrainingSetup, process: DiffusionConfig, space: LatentSpace | ShrunkSpace | None, tracker: Tracker
+) -> DenoiserValidation:
+    """Losses and pictures of held-out slices during the training."""
+    from segdiff_dist.denoising.cascade import LowerStage
+    from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.sample_grid import SampleGrids
+    from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+
+    shards, loader, denoiser = setup.shards, setup.experiment.loader, setup.experiment.denoiser
+    below = Base.below(denoiser, setup.run)
     held_out = shards.select(
         split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=denoiser.conditioning != "none"
     )
-    validation = DenoiserValidation(
+    return DenoiserValidation(
         HeldOutSlices(
-            *(shards, held_out, loader, denoiser.soft_masks, latent or shrunk),
+            *(shards, held_out, loader, denoiser.soft_masks, space),
             None if below is None else LowerStage.open(below.folder),
         ),
         process,
-        replace(stage.experiment.sample.sampler, guidance=1.0),
-        stage.validation,
-        device,
-        SampleGrids(run / "pictures", shards.label_table, tracker),
+        replace(setup.experiment.sample.sampler, guidance=1.0),
+        setup.experiment.validation,
+        setup.device,
+        SampleGrids(setup.run / "pictures", shards.label_table, tracker),
     )
-    task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, run / "weights", device, validation)
-    task.model.trained_on = modalities_of(shards, rows)
-    return task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import refuse
 from segdiff_dist.autoencoding.config import AutoencoderConfig, segmenter_weights
-from segdiff_dist.experiment import collect, refuse_another_config
-from segdiff_dist.ranks.distributed import pick_device, world_size
-from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
+from segdiff_dist.experiment import collect
+from segdiff_dist.ranks.distributed import world_size
+from segdiff_dist.stages.base import Plan
+from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.weight_files import DESCRIPTION
 
@@ -47,49 +47,34 @@ class TrainAutoencoder(ConfiguredStage):
 
     def check(self) -> Plan:
         """Opens the set and the segmenter."""
-        from data_shards.feed.mixing import mix_groups
         from segdiff_dist.autoencoding.network import autoencoder_network
         from segdiff_dist.autoencoding.task import AutoencoderTask
-        from segdiff_dist.stages.training_plan import TrainingPlan, settle_precision, side_of, training_rows
-        from segdiff_dist.training.captured import device_problems
+        from segdiff_dist.stages.training_plan import TrainingPlan
+        from segdiff_dist.stages.training_setup import TrainingSetup
 
-        loader = self.loader
-        run, shards = self.open_run_and_data(self.more_data)
-        folder = run / "autoencoder"
-        train = settle_precision(self.autoencoder.train, self.experiment, "autoencoder.train", folder / "checkpoints")
-        config = replace(self.autoencoder, train=train)
-        experiment = replace(self.experiment, autoencoder=config)
-        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards, labelled_only=False)
-        refuse_others = partial(refuse_another_config, experiment, folder / "checkpoints", ("autoencoder", "loader"))
-        picked = partial(pick_device, train.device, "autoencoder.train.device")
+        setup = TrainingSetup.open(self, "autoencoder.train", "autoencoder", labelled_only=False)
+        config, loader, shards = setup.experiment.autoencoder, self.loader, setup.shards
+        side, folder = setup.side, setup.folder
+        refuse_others = partial(setup.check_settings, "autoencoder", "loader")
         *_, segmenter = collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),
-            lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: refuse(device_problems(train, "autoencoder.train", picked())),
+            setup.check_mix,
+            setup.check_device,
             refuse_others,
-            lambda: _open_segmenter(config, run, shards),
+            lambda: _open_segmenter(config, setup.run, shards),
         )
-        device = picked()
         return TrainingPlan(
-            experiment=experiment,
+            setup=setup,
             stage="autoencoder",
-            section="autoencoder.train",
-            folder=folder,
-            shards=shards,
-            rows=rows,
             loader=loader,
-            config=train,
-            device=device,
-            recipe=recipe_of(self.config),
             network=autoencoder_network(config, side),
-            make_task=lambda _: AutoencoderTask(shards, side, config, loader, folder / "weights", device),
+            make_task=lambda _: AutoencoderTask(shards, side, config, loader, folder / "weights", setup.device),
             refuse_others=refuse_others,
             saved_sections=("autoencoder",),
             logged_sections=("autoencoder", "loader"),
-            message=f"train-autoencoder: {device}, {train.precision}{_losses_message(config)}",
-            next_command=command("train", "--run", run, *_on_latents(run), *address_flag(experiment)),
-            limits={},
-            final_measurement=_Reconstructions(shards, loader, segmenter, folder, device),
+            message=f"train-autoencoder: {setup.device}, {setup.config.precision}{_losses_message(config)}",
+            next_command=setup.command("train", *_on_latents(setup.run)),
+            final_measurement=_Reconstructions(shards, loader, segmenter, folder, setup.device),
         ).checked()
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import refuse
-from segdiff_dist.experiment import collect, refuse_another_config
-from segdiff_dist.ranks.distributed import pick_device, world_size
+from segdiff_dist.experiment import collect
+from segdiff_dist.ranks.distributed import world_size
 from segdiff_dist.segmentation.config import SegmenterConfig
-from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
+from segdiff_dist.stages.base import Plan
+from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.tracking.tracker import TrackingConfig
 
 
@@ -45,46 +45,30 @@ class TrainSegmenter(ConfiguredStage):
 
     def check(self) -> Plan:
         """Opens the set."""
-        from data_shards.feed.mixing import mix_groups
         from segdiff_dist.segmentation.network import segmenter_network
         from segdiff_dist.segmentation.task import SegmenterTask
-        from segdiff_dist.stages.training_plan import TrainingPlan, settle_precision, side_of, training_rows
-        from segdiff_dist.training.captured import device_problems
+        from segdiff_dist.stages.training_plan import TrainingPlan
+        from segdiff_dist.stages.training_setup import TrainingSetup
 
-        loader = self.loader
-        run, shards = self.open_run_and_data(self.more_data)
-        train = settle_precision(
-            self.segmenter.train, self.experiment, "segmenter.train", run / "segmenter/checkpoints"
-        )
-        config = replace(self.segmenter, train=train)
-        experiment = replace(self.experiment, segmenter=config)
-        folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
-        refuse_others = partial(refuse_another_config, experiment, folder / "checkpoints", ("segmenter", "loader"))
-        picked = partial(pick_device, config.train.device, "segmenter.train.device")
+        setup = TrainingSetup.open(self, "segmenter.train", "segmenter")
+        config, loader, shards = setup.experiment.segmenter, self.loader, setup.shards
+        refuse_others = partial(setup.check_settings, "segmenter", "loader")
         collect(
-            lambda: refuse(config.problems(side, world_size()) + loader.problems()),
-            lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: refuse(device_problems(config.train, "segmenter.train", picked())),
+            lambda: refuse(config.problems(setup.side, world_size()) + loader.problems()),
+            setup.check_mix,
+            setup.check_device,
             refuse_others,
         )
-        device = picked()
         return TrainingPlan(
-            experiment=experiment,
+            setup=setup,
             stage="segmenter",
-            section="segmenter.train",
-            folder=folder,
-            shards=shards,
-            rows=rows,
             loader=config.augmented(loader),
-            config=config.train,
-            device=device,
-            recipe=recipe_of(self.config),
-            network=segmenter_network(config, shards, side),
-            make_task=lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
+            network=segmenter_network(config, shards, setup.side),
+            make_task=lambda _: SegmenterTask(shards, config, loader, setup.folder / "weights", setup.device),
             refuse_others=refuse_others,
             saved_sections=("segmenter",),
             logged_sections=("segmenter", "loader"),
-            message=f"train-segmenter: {device}, {train.precision}",
-            next_command=command("train", "--run", run, *address_flag(experiment)),
+            message=f"train-segmenter: {setup.device}, {setup.config.precision}",
+            next_command=setup.command("train"),
             limits={"multiple_of": config.dice_group},
         ).checked()

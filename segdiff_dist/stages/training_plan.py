@@ -1,11 +1,10 @@
-"""The plan of a training, which `train`, `train-segmenter` and `train-autoencoder` share."""
+"""The plan of a training, which `train`, `distil`, `train-segmenter` and `train-autoencoder` share."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +14,10 @@ import torch
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.locks import locked, refuse_where_locked
-from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
+from data_shards.problems import Attempts, Problem, refuse
 from data_shards.store.shards import ShardSet
-from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.denoising.network_shapes import denoiser_network
-from segdiff_dist.experiment import Experiment, load_experiment, recorded_config, save_experiment
+from segdiff_dist.experiment import load_experiment, save_experiment
 from segdiff_dist.planning.duration import duration_s, is_short, warn_of_length
 from segdiff_dist.planning.memory import (
     SmallConfig,
@@ -30,18 +28,18 @@ from segdiff_dist.planning.memory import (
     refuse_together,
 )
 from segdiff_dist.planning.network import Network
-from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
-from segdiff_dist.ranks.precision import cpu_has_bf16, settled
+from segdiff_dist.ranks.distributed import is_main, world_size
+from segdiff_dist.ranks.precision import settled
 from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
 from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.fit import bytes_in, disk_problems, unless_forced
+from segdiff_dist.stages.training_setup import TrainingSetup
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.store import bytes_of_record
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state, refuse_other_set
-from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import is_exported, refuse_to_replace
 from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.throughput import peak_flops
@@ -62,18 +60,10 @@ class FinalMeasurement(Protocol):
 class TrainingPlan(Plan):
     """A checked training of any of the networks. Its rows, device and settings are those of every rank."""
 
-    experiment: Experiment
+    setup: TrainingSetup
     stage: str
-    """`train` or `segmenter`: the name in the log and in MLflow."""
-    section: str
-    """The section of `config`, as flags name it."""
-    folder: Path
-    """The folder of checkpoints/ and weights/."""
-    shards: ShardSet
-    rows: np.ndarray
+    """`train`, `distil`, `segmenter` or `autoencoder`: the name in the log and in MLflow."""
     loader: LoaderConfig
-    config: TrainConfig
-    device: torch.device
     network: Network
     make_task: Callable[[Tracker], Any]
     """Makes the training task."""
@@ -85,10 +75,8 @@ class TrainingPlan(Plan):
     message: str
     """The line that rank 0 prints first."""
     next_command: str
-    limits: dict[str, Any]
+    limits: dict[str, Any] = field(default_factory=dict)
     """Further arguments of memory_problems."""
-    recipe: str | None
-    """The name of the configuration, where one was given."""
     compile_kernels: Callable[[int], None] | None = None
     """As TrainingJob has it."""
     make_extra: Callable[[], np.ndarray | None] | None = None
@@ -101,11 +89,11 @@ class TrainingPlan(Plan):
     def checked(self) -> Plan:
         """This plan, if the training is not finished and the memory is sufficient."""
         self._refuse_other_work()
-        newest = self.newest_checkpoint
-        is_trained = newest is not None and self.images_seen >= self.config.num_images
+        newest, num_images, folder = self.newest_checkpoint, self.setup.config.num_images, self.setup.folder
+        is_trained = newest is not None and self.images_seen >= num_images
         is_measured = self.final_measurement is None or self.final_measurement.is_done
-        if newest is not None and is_trained and is_measured and is_exported(newest, self.folder):
-            seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
+        if newest is not None and is_trained and is_measured and is_exported(newest, folder):
+            seen = f"already trained on {num_images:,} images in {folder}"
             return Done(Result((f"{self.stage}: {seen}; nothing to do",), next_command=self.next_command))
         if world_size() == 1:
             refuse(self.memory_problems())
@@ -114,16 +102,17 @@ class TrainingPlan(Plan):
     def _refuse_other_work(self) -> None:
         """Refuse to continue a training of other settings or of another set, and to replace weights."""
         self.refuse_others()
-        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
+        folder = self.setup.folder
+        newest = next(iter(complete_ones(folder / "checkpoints")), None)
         if newest is not None:
-            refuse_other_set(newest, read_state(newest), self.shards)
+            refuse_other_set(newest, read_state(newest), self.setup.shards)
         else:
-            refuse_to_replace(self.folder)
+            refuse_to_replace(folder)
 
     @cached_property
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint when the stage was checked."""
-        return next(iter(complete_ones(self.folder / "checkpoints")), None)
+        return next(iter(complete_ones(self.setup.folder / "checkpoints")), None)
 
     @cached_property
     def images_seen(self) -> int:
@@ -132,18 +121,19 @@ class TrainingPlan(Plan):
 
     def memory_problems(self) -> list[Problem]:
         """Problems if this rank has too little memory; none with --force."""
-        capacity = capacity_of(self.device)
-        found = memory_problems(self.section, self.network, self.config, capacity, ranks=world_size(), **self.limits)
+        setup, capacity = self.setup, capacity_of(self.setup.device)
+        found = memory_problems(setup.section, self.network, setup.config, capacity, ranks=world_size(), **self.limits)
         return unless_forced(found)
 
     def cost(self) -> Cost:
         """Time from the FLOPs of the net and the peak of the device; memory of a rank; disk of the checkpoints."""
-        config, number, frozen = self.config, self.network.num_parameters, self.network.num_frozen
+        config, device = self.setup.config, self.setup.device
+        number, frozen = self.network.num_parameters, self.network.num_frozen
         images = max(0, config.num_images - self.images_seen)
-        peak = peak_flops(self.device, config.precision)
-        on_gpu = self.device.type == "cuda"
+        peak = peak_flops(device, config.precision)
+        on_gpu = device.type == "cuda"
         memory = plan_memory(self.network, config, world_size(), on_gpu)
-        where = f"{world_size()} x {self.device.type}"
+        where = f"{world_size()} x {device.type}"
         parameters = f"parameters: {number:,}" + (f", and {frozen:,} that are frozen" if frozen else "")
         return Cost(
             images=images,
@@ -157,71 +147,74 @@ class TrainingPlan(Plan):
 
     def announced(self) -> tuple[str, Cost, Path] | None:
         """The cost. One of several ranks does not refuse alone: a full disk is an error of its own."""
-        if world_size() > 1 or is_short(self.network, self.config.num_images - self.images_seen):
+        if world_size() > 1 or is_short(self.network, self.setup.config.num_images - self.images_seen):
             return None
-        return self.stage, self.cost(), self.folder
+        return self.stage, self.cost(), self.setup.folder
 
     def disk_problems(self) -> list[Problem]:
         """Problems of the disk. A short training writes its checkpoints too."""
         if world_size() > 1:
             return []
-        config, latents = self.config, 0 if self.newest_checkpoint else self.extra_bytes
+        config, latents = self.setup.config, 0 if self.newest_checkpoint else self.extra_bytes
         num_checkpoints = min(config.keep_checkpoints + 1, -(-config.num_images // config.checkpoint_every_images))
         least = self._bytes_to_come(disk_bytes(self.network, config, num_checkpoints) + latents)
-        return disk_problems(Cost(num_bytes=least, smaller=self._smaller if num_checkpoints > 2 else ""), self.folder)
+        cost = Cost(num_bytes=least, smaller=self._smaller if num_checkpoints > 2 else "")
+        return disk_problems(cost, self.setup.folder)
 
     def _bytes_to_come(self, of_training: int) -> int:
         """Bytes on the disk besides those of the files that will be replaced; with MLflow's database."""
-        of_record = bytes_of_record(self.experiment.path("run"), self.experiment.tracking)
-        return max(0, of_training - _bytes_in(self.folder)) + of_record
+        of_record = bytes_of_record(self.setup.run, self.setup.experiment.tracking)
+        return max(0, of_training - _bytes_in(self.setup.folder)) + of_record
 
     @property
     def _smaller(self) -> str:
-        return f"--{self.section}.keep-checkpoints 1" if self.config.keep_checkpoints > 1 else ""
+        setup = self.setup
+        return f"--{setup.section}.keep-checkpoints 1" if setup.config.keep_checkpoints > 1 else ""
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held by rank 0. If rank 0 refuses, the other ranks refuse too, so that none waits for it in vain. Another
         command may have trained here since the check, so rank 0 checks again whether this training goes with it."""
-        file, doing = self.folder / ".train.lock", "is training there"
-        images = self.config.num_images - self.images_seen
+        setup = self.setup
+        file, doing = setup.folder / ".train.lock", "is training there"
+        images = setup.config.num_images - self.images_seen
         too_little = self.memory_problems() if world_size() > 1 else []
-        warn_of_length(self.section, self.network, images, self.config, self.device)
+        warn_of_length(setup.section, self.network, images, setup.config, setup.device)
         if not is_main():
-            refuse_where_locked(file, self.folder, doing)
-            refuse_together(too_little, self.device)
+            refuse_where_locked(file, setup.folder, doing)
+            refuse_together(too_little, setup.device)
             yield
             return
-        with locked(file, self.folder, doing):
+        with locked(file, setup.folder, doing):
             found = Attempts(too_little)
             found.make("training", self._refuse_other_work)
-            refuse_together(found.problems, self.device)
+            refuse_together(found.problems, setup.device)
             yield
 
     def tracker(self) -> Tracker:
         """The tracker of the run folder."""
-        return open_tracker(self.experiment, self.stage, self.experiment.path("run"))
+        return open_tracker(self.setup.experiment, self.stage, self.setup.run)
 
     def run(self, tracker: Tracker) -> Result:
         """Train, and export the weights."""
-        experiment, settings = self.experiment, plain(self.experiment)
+        setup, config, settings = self.setup, self.setup.config, plain(self.setup.experiment)
         if is_main():
-            save_experiment(experiment, self.saved_sections)
+            save_experiment(setup.experiment, self.saved_sections)
         logged = {name: settings[name] for name in self.logged_sections}
-        tracker.log_params(logged | {"shards_digest": self.shards.digest})
-        log_shards(tracker, self.shards, "training")
-        tracker.log_about(self._about(), self.recipe)
+        tracker.log_params(logged | {"shards_digest": setup.shards.digest})
+        log_shards(tracker, setup.shards, "training")
+        tracker.log_about(self._about(), setup.recipe)
         if is_main():
-            tracker.log_artifact(experiment.path("run") / "config.yaml")
+            tracker.log_artifact(setup.run / "config.yaml")
             print(self.message, flush=True)
         extra_NX = None if self.make_extra is None else self.make_extra()
-        task, config = self.make_task(tracker), self.config
+        task = self.make_task(tracker)
         job = TrainingJob(
-            task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings,
+            task, setup.shards, setup.rows, self.loader, config, setup.folder, tracker, setup.device, settings,
             self.compile_kernels, extra_NX,
         )  # fmt: skip
         train(job)
-        lines: tuple[str, ...] = (f"weights in {self.folder / 'weights'}",)
+        lines: tuple[str, ...] = (f"weights in {setup.folder / 'weights'}",)
         if self.final_measurement is not None and is_main():
             measured, metrics, picture = self.final_measurement()
             lines += measured
@@ -232,9 +225,10 @@ class TrainingPlan(Plan):
 
     def _about(self) -> str:
         """What is trained on what, for the run's description."""
-        recipe = "" if self.recipe is None else f"recipe `{self.recipe}`, "
+        setup = self.setup
+        recipe = "" if setup.recipe is None else f"recipe `{setup.recipe}`, "
         net = f"{self.network.num_parameters / 1e6:.1f} million parameters"
-        return f"{recipe}{net}, {self.config.num_images:,} images of {describe_shards(self.shards)}."
+        return f"{recipe}{net}, {setup.config.num_images:,} images of {describe_shards(setup.shards)}."
 
 
 def _bytes_in(folder: Path) -> int:
@@ -248,47 +242,3 @@ def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConf
     network = denoiser_network(experiment.denoiser, shards, side, device)
     train = replace(experiment.train, precision=settled(experiment.train.precision, device))
     return SmallConfig("amos_small", network, train)
-
-
-def settle_precision(config: TrainConfig, experiment: Experiment, section: str, checkpoints: Path) -> TrainConfig:
-    """The settings with a precision in place of `auto`: that of the checkpoints, else the device's fast one.
-
-    `section`: their name, by dotted key. It stays `auto` for a device that is not there, which the checks refuse.
-    """
-    if config.precision != "auto":
-        _warn_of_slow_bf16(config, section)
-        return config
-    recorded = recorded_config(experiment, checkpoints)
-    begun = {} if recorded is None else flatten(read_yaml(recorded))
-    precision = begun.get(f"{section}.precision", "auto")
-    with suppress(InputProblems):
-        precision = settled(precision, pick_device(config.device))
-    return replace(config, precision=precision)
-
-
-def _warn_of_slow_bf16(config: TrainConfig, section: str) -> None:
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.precision == "bf16" and on_cpu and not cpu_has_bf16() and is_main():
-        remedy = f"fp32 is about ten times faster here: --{section}.precision auto"
-        sys.stderr.write(f"warning: {section}.precision: bf16: this CPU has no arithmetic for it; {remedy}\n")
-
-
-def training_rows(experiment: Experiment, shards: ShardSet, labelled_only: bool = True) -> np.ndarray:
-    """The slices to train on."""
-    loader = experiment.loader
-    return shards.select(split="train", modalities=loader.modalities, axes=loader.axes, labelled_only=labelled_only)
-
-
-def modalities_of(shards: ShardSet, rows: np.ndarray) -> tuple[str, ...]:
-    """The modalities of the slices."""
-    codes = set(shards.modality_N[rows].tolist())
-    return tuple(name for code, name in enumerate(shards.modalities) if code in codes)
-
-
-def side_of(shards: ShardSet, crop_size: int | None) -> int:
-    """Side of the network's input, in pixels."""
-    if crop_size is not None and crop_size > shards.size:
-        raise problem(
-            "config", "loader.crop_size", crop_size, f"the slices of {shards.root} are {shards.size} pixels wide"
-        )
-    return crop_size or shards.size

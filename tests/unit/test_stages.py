@@ -31,6 +31,7 @@ SHARED = {
     "flags",
     "completion",
     "training_plan",
+    "training_setup",
     "cost",
     "fit",
     "model_extras",
