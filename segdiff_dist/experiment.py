@@ -208,9 +208,9 @@ def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
 def recorded_config(experiment: Experiment, started: Path) -> Path | None:
     """The settings that a training was started with; None if it has not begun. `started`: its folder of checkpoints,
     each of which holds them."""
-    from segdiff_dist.training.checkpoint import named_as_one  # here, since it imports torch
+    from segdiff_dist.training.checkpoint import is_checkpoint_folder  # here, since it imports torch
 
-    of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if named_as_one(file.parent))
+    of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if is_checkpoint_folder(file.parent))
     recorded = max(of_checkpoints, default=experiment.path("run") / CONFIG_FILE)
     return recorded if started.exists() and recorded.is_file() else None
 

@@ -126,12 +126,12 @@ def commanding(rank: int, commands: list[list[str]]) -> None:
 def agreeing(rank: int, differing: dict[int, dict[str, str]]) -> None:
     """Agree on settings of which some ranks have others; leaves found-RANK, the problems."""
     from data_shards.problems import InputProblems
-    from segdiff_dist.ranks.distributed import agree
+    from segdiff_dist.ranks.distributed import check_agreement
 
     what = {"train.lr": "0.001", "data": "5" * 64, "long": "a" * 5000}
     found = []
     try:
-        agree(what | differing.get(rank, {}))
+        check_agreement(what | differing.get(rank, {}))
     except InputProblems as error:
         found = [(p.where, p.field, p.value) for p in error.problems]
     Path(f"found-{rank}").write_text(json.dumps(found))
@@ -142,16 +142,16 @@ def exchanging(rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from segdiff_dist.ranks.distributed import Agreement, gather_objects, sum_over_ranks
+    from segdiff_dist.ranks.distributed import DelayedMax, gather_objects, sum_over_ranks
 
-    agreement = Agreement(("stop", "fraction"))
+    maxima = DelayedMax(("stop", "fraction"))
     agreed = []
     for step in range(5):
         time.sleep(0.05 * rank)
-        agreed.append(agreement.exchange({"stop": float(rank == 1 and step == 2), "fraction": step + rank / 10}))
+        agreed.append(maxima.exchange({"stop": float(rank == 1 and step == 2), "fraction": step + rank / 10}))
         # Another collective, in between, on the group that reduces gradients.
         assert float(sum_over_ranks(torch.ones(1))) == dist.get_world_size()
-    agreed.append(agreement.finish())
+    agreed.append(maxima.finish())
     assert gather_objects({"rank": rank}) == [{"rank": n} for n in range(dist.get_world_size())]
     Path(f"agreed-{rank}").write_text(json.dumps(agreed))
 

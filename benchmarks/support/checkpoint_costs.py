@@ -28,11 +28,11 @@ def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]
     start until it is complete; `slowed`, how much longer work takes during a writing than without; and `step_s`, the
     work between the start of a checkpoint and the next change of the weights."""
     from segdiff_dist.training.checkpoint_writer import CheckpointWriter
-    from segdiff_dist.training.sharded_state import Extent, ShardOfState
+    from segdiff_dist.training.sharded_state import Extent, StateShard
 
     torch.set_num_threads(1)
     kinds = ("online", "exp_avg", "exp_avg_sq", "ema_0.05", "ema_0.1")
-    state = ShardOfState(
+    state = StateShard(
         {"weight": (num_parameters,)},
         (Extent("weight", 0, num_parameters, 0, 0),),
         {kind: [torch.full((num_parameters,), math.pi)] for kind in kinds},

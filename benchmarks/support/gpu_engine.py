@@ -20,7 +20,7 @@ from data_shards.records import Batch
 from segdiff_dist.training.captured import MicroStep, UpdateStep, recorded_updates
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import Engine
-from segdiff_dist.training.step_log import Guard, StepCheck, Window
+from segdiff_dist.training.step_log import LogWindow, StepCheck, UpdateGuard
 from support.gpu_session import Session, describe
 from support.gpu_training import denoiser_task, random_batch
 
@@ -62,8 +62,8 @@ def make_steps(session: Session, folder: Path, images: int, micro_batch: int, gr
     config = TrainConfig(global_batch_size=images, micro_batch_size=micro_batch, cuda_graph=graph)
     engine = Engine(task.model, config, micro_batch, session.device)
     engine.module.train()
-    window = Window(session.device)
-    check = StepCheck(window, Guard(config.spike_factor, session.device))
+    window = LogWindow(session.device)
+    check = StepCheck(window, UpdateGuard(config.spike_factor, session.device))
 
     def forward_and_backward(batch: Batch) -> None:
         loss, metrics = task.loss(engine, batch)

@@ -190,14 +190,14 @@ def time_parts(watch: Watch) -> None:
     """
     from segdiff_dist.training.checkpoint_writer import CheckpointWriter
     from segdiff_dist.training.engine import Engine
-    from segdiff_dist.training.step_log import Guard, RunLog, Window
+    from segdiff_dist.training.step_log import LogWindow, RunLog, UpdateGuard
 
     parts: dict[str, list[tuple[Any, str]]] = {
         "averages": [(Engine, "update_averages")],
         "logging": [
-            *((Window, name) for name in ("add", "step_loss", "close_step")),
-            *((Guard, name) for name in ("veto", "count")),
-            *((Window, "means"), (RunLog, "write")),
+            *((LogWindow, name) for name in ("add", "step_loss", "close_step")),
+            *((UpdateGuard, name) for name in ("veto", "count")),
+            *((LogWindow, "means"), (RunLog, "write")),
         ],
         "checkpointing": [
             *((CheckpointWriter, name) for name in ("start", "after_step", "drain")),

@@ -69,9 +69,9 @@ def refuse_other_set(run: Path, shards: ShardSet, remedy: str) -> None:
 def unlike_trained_set(run: Path, shards: ShardSet) -> list[str] | None:
     """How the slices of `shards` differ in meaning from those that the run's newest checkpoint was trained on: none for
     the same set, and without a checkpoint. None: another set, and that of the training is not there any more."""
-    from segdiff_dist.training.checkpoint import named_as_one, read_state, why_unusable
+    from segdiff_dist.training.checkpoint import is_checkpoint_folder, read_state, why_unusable
 
-    folders = sorted(filter(named_as_one, (run / "checkpoints").glob("[0-9]*")), reverse=True)
+    folders = sorted(filter(is_checkpoint_folder, (run / "checkpoints").glob("[0-9]*")), reverse=True)
     newest = next((one for one in folders if why_unusable(one) is None), None)
     digest = None if newest is None else read_state(newest).get("shards_digest")
     if newest is None or digest is None or digest in (shards.digest, shards.index.get("converted_from")):

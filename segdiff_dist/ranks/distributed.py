@@ -108,7 +108,7 @@ def launcher_problems() -> list[Problem]:
 
 
 @contextmanager
-def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
+def naming_missing_ranks(after_s: float = 5.0) -> Iterator[None]:
     """A context for the time until all ranks are connected. A rank that has waited for `after_s` prints for which ranks
     and where, and again every five minutes. If the shell has the RANK of an earlier launch, a process waits in vain.
     Ctrl-C, SIGTERM and SIGHUP end it at once; torch, which waits in C++, would not hear them."""
@@ -183,7 +183,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def agree(what: Mapping[str, str]) -> None:
+def check_agreement(what: Mapping[str, str]) -> None:
     """Refuse to start if ranks differ in settings, data, code or layout.
 
     `what`: name -> text, both short; names by which a user finds the value to correct, such as `train.lr`. Call on
@@ -201,14 +201,14 @@ def agree(what: Mapping[str, str]) -> None:
         for number, (_, theirs) in enumerate(ranks):
             holders.setdefault(_shortened(theirs[name]) if name in theirs else "nothing", []).append(number)
         if len(holders) > 1:
-            values = ", ".join(f"{value} on {name_ranks(who, hosts)}" for value, who in holders.items())
+            values = ", ".join(f"{value} on {format_ranks(who, hosts)}" for value, who in holders.items())
             problems.append(
                 Problem("ranks", name, values, "start all ranks with the same command, config, data and code")
             )
     refuse(problems)
 
 
-def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
+def format_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
     """Some ranks as text: `ranks 0-2, 5 (node-0, node-1)`. `hosts` by rank."""
     numbers = sorted(ranks)
     starts = [n for n in numbers if n - 1 not in numbers]
@@ -220,8 +220,8 @@ def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
 
 
 def code_versions() -> dict[str, str]:
-    """The software of this rank, for `agree`: versions of Python and of the engines, and a digest of this project's own
-    code."""
+    """The software of this rank, for check_agreement: versions of Python and of the engines, and a digest of this
+    project's own code."""
     digest = hashlib.sha256()
     for package in ("data_shards", "segdiff_dist", "segdiff_kernels"):
         folder = Path(import_module(package).__path__[0])
@@ -231,7 +231,7 @@ def code_versions() -> dict[str, str]:
     return {"Python version": platform.python_version(), **versions, "segdiff's code": digest.hexdigest()}
 
 
-class Agreement:
+class DelayedMax:
     """The maximum of numbers over ranks, one exchange late, so that no rank waits for the network.
 
     It uses the CPU and gloo, while the GPU works. The n+1-th exchange returns the values of the n-th, on all ranks. So

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any
 
 from data_shards.problems import InputProblems
-from segdiff_dist.ranks.distributed import name_ranks, rank, world_size
+from segdiff_dist.ranks.distributed import format_ranks, rank, world_size
 
 STOPPED = 75
 """Exit code of a rank that stops because of another. EX_TEMPFAIL of sysexits.h: the same command may well succeed."""
@@ -310,7 +310,7 @@ class RankMonitor:
 
     def _names(self, numbers: list[int]) -> str:
         assert self.statuses is not None
-        return name_ranks(numbers, [status.host for status in self.statuses])
+        return format_ranks(numbers, [status.host for status in self.statuses])
 
 
 def _frame_of_the_main_thread() -> FrameType | None:

@@ -39,7 +39,7 @@ from segdiff_dist.stages.training_setup import TrainingSetup
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.store import bytes_of_record
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training.checkpoint import complete_ones, read_state, refuse_other_set
+from segdiff_dist.training.checkpoint import complete_checkpoints, read_state, refuse_other_set
 from segdiff_dist.training.export import is_exported, refuse_to_replace
 from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.throughput import peak_flops
@@ -103,7 +103,7 @@ class TrainingPlan(Plan):
         """Refuse to continue a training of other settings or of another set, and to replace weights."""
         self.refuse_others()
         folder = self.setup.folder
-        newest = next(iter(complete_ones(folder / "checkpoints")), None)
+        newest = next(iter(complete_checkpoints(folder / "checkpoints")), None)
         if newest is not None:
             refuse_other_set(newest, read_state(newest), self.setup.shards)
         else:
@@ -112,7 +112,7 @@ class TrainingPlan(Plan):
     @cached_property
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint when the stage was checked."""
-        return next(iter(complete_ones(self.setup.folder / "checkpoints")), None)
+        return next(iter(complete_checkpoints(self.setup.folder / "checkpoints")), None)
 
     @cached_property
     def images_seen(self) -> int:

@@ -2,7 +2,7 @@
 
 A graph launches thousands of kernels at the cost of one. It repeats one recorded execution, on the same memory. So a
 batch is copied into fixed tensors, and the results of a micro-batch are added to fixed tensors: gradients
-(flat_gradients.py) and sums of metrics (step_log.Window). Noise and noise levels are functions of the batch's
+(flat_gradients.py) and sums of metrics (step_log.LogWindow). Noise and noise levels are functions of the batch's
 positions, so nothing is drawn. A recording is used only if it gives the same bits as eager execution.
 
 On one rank an update of the weights is a second graph: norm, clipping, AdamW, the working weights, and what is counted

@@ -39,7 +39,7 @@ def checkpoint_name(images_seen: int) -> str:
     return f"{images_seen:0{_DIGITS}d}"
 
 
-def complete_ones(checkpoints: Path) -> list[Path]:
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Folders with their marker and a readable state, the newest first. Newer folders without these are skipped with a
     warning."""
     complete = []
@@ -151,7 +151,7 @@ def discard_unsound(checkpoints: Path) -> Path | None:
 
     Later ones lose their marker, so that no run resumes from them. Skipped steps change no weights, so nothing is lost.
     """
-    complete = complete_ones(checkpoints)
+    complete = complete_checkpoints(checkpoints)
     sound = _newest_sound(complete)
     for folder in complete:
         if folder == sound:
@@ -174,10 +174,10 @@ def crossings(counts: Iterable[int], every: int) -> set[int]:
     return set(first.values())
 
 
-def named_as_one(folder: Path) -> bool:
+def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a folder has the name of a checkpoint; copies and backups (000000000064.bak) have other names."""
     return len(folder.name) >= _DIGITS and folder.name.isascii() and folder.name.isdigit() and folder.is_dir()
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    return sorted((p for p in checkpoints.glob("[0-9]*") if named_as_one(p)), reverse=True)
+    return sorted((p for p in checkpoints.glob("[0-9]*") if is_checkpoint_folder(p)), reverse=True)

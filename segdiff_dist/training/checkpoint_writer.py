@@ -19,10 +19,10 @@ from torch import Tensor
 
 from data_shards.files import sync_folder, write_atomic
 from data_shards.store.codecs import crc32c
-from segdiff_dist.ranks.distributed import Agreement, is_main, rank, world_size
+from segdiff_dist.ranks.distributed import DelayedMax, is_main, rank, world_size
 from segdiff_dist.training import sharded_state
 from segdiff_dist.training.checkpoint import MARKER, STATE, checkpoint_name, prune
-from segdiff_dist.training.sharded_state import ShardOfState
+from segdiff_dist.training.sharded_state import StateShard
 
 
 class CheckpointWriter:
@@ -53,7 +53,7 @@ class CheckpointWriter:
         self.num_failed = 0
         self.lost = 0
         self._on_complete = on_complete
-        self._agreement = Agreement(("stop", "checkpoint_behind", "checkpoint_failed"))
+        self._signals = DelayedMax(("stop", "checkpoint_behind", "checkpoint_failed"))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copies: dict[str, list[Tensor]] = {}
         self._copied = threading.Event()
@@ -73,7 +73,7 @@ class CheckpointWriter:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def start(self, state: ShardOfState, values: dict[str, Any]) -> None:
+    def start(self, state: StateShard, values: dict[str, Any]) -> None:
         """Begin checkpoint values["images_seen"]. Call when nothing is pending."""
         begin = time.perf_counter()
         assert self._pending is None
@@ -118,7 +118,7 @@ class CheckpointWriter:
         Call it once a step. `stop`: whether this rank was asked to stop. Returns whether any rank was, one call late,
         so that no rank waits for the network and all ranks stop at the same step.
         """
-        agreed = self._agreement.exchange({"stop": float(stop), **self._progress()})
+        agreed = self._signals.exchange({"stop": float(stop), **self._progress()})
         self._poll(agreed)
         return agreed["stop"] > 0
 
@@ -176,14 +176,14 @@ class CheckpointWriter:
 
     def _exchange_once_more(self) -> None:
         """An exchange outside a step. A request to stop is sent again, for the loop's next after_step()."""
-        stop = self._agreement.finish()["stop"]
-        self._agreement.exchange({"stop": stop, **self._progress()})
-        self._poll(self._agreement.finish())
+        stop = self._signals.finish()["stop"]
+        self._signals.exchange({"stop": stop, **self._progress()})
+        self._poll(self._signals.finish())
 
     def _begin(self, images_seen: int) -> None:
         self._last, self._settled, self._error = images_seen, False, None
 
-    def _write(self, folder: Path, state: ShardOfState) -> None:
+    def _write(self, folder: Path, state: StateShard) -> None:
         try:
             if not self._copies:
                 self.reserve(state.shards)

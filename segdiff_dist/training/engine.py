@@ -25,7 +25,7 @@ from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.ranks.distributed import (
     gather_objects,
     is_main,
-    naming_who_is_missing,
+    naming_missing_ranks,
     prepare_environment,
     rank,
     world_size,
@@ -36,7 +36,7 @@ from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.deepspeed_internals import ZeroPartitions, bucket_elements, import_deepspeed
 from segdiff_dist.training.flat_gradients import FlatGradients, norm_over_ranks
 from segdiff_dist.training.muon import MuonAdamW
-from segdiff_dist.training.sharded_state import SavedState, ShardOfState, share
+from segdiff_dist.training.sharded_state import SavedState, StateShard, share
 from segdiff_dist.training.step_log import StepCheck, is_not_finite
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
@@ -196,7 +196,7 @@ class Engine:
             torch._foreach_copy_(shards, kept)
             self._partitions.refresh()
 
-    def state(self) -> ShardOfState:
+    def state(self) -> StateShard:
         """This rank's part of everything that a resumed training needs: the tensors themselves, not copies."""
         moments = {kind: [self._moment(s, kind) for s in self._shards] for kind in _MOMENTS}
         steps = [float(self._adam.state[s]["step"]) for s in self._shards if "step" in self._adam.state[s]]
@@ -205,7 +205,7 @@ class Engine:
         scalars = {"step": steps[0] if steps else 0.0}
         if self.config.optimizer == "muon":
             scalars[_MUON] = 1.0
-        return ShardOfState(self.shapes, extents, shards, scalars)
+        return StateShard(self.shapes, extents, shards, scalars)
 
     def load(self, folder: Path, num_files: int) -> None:
         """Load a state that any number of ranks wrote. Raises InputProblems if it belongs to another architecture."""
@@ -322,7 +322,7 @@ def start_distributed(device: torch.device) -> Any:
         if world_size() == 1:  # a single rank needs no port, which another process might take first
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        with naming_who_is_missing():
+        with naming_missing_ranks():
             deepspeed.init_distributed(
                 dist_backend=backend, auto_mpi_discovery=False, verbose=is_main(), timeout=_LONGEST_WAIT
             )

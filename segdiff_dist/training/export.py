@@ -20,10 +20,10 @@ from data_shards.documents import read_json
 from data_shards.files import new_file, write_atomic
 from data_shards.problems import InputProblems, problem
 from segdiff_dist.training import ema
-from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
+from segdiff_dist.training.checkpoint import checkpoint_name, crossings, is_checkpoint_folder, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
-from segdiff_dist.training.sharded_state import SavedState, number_of
+from segdiff_dist.training.sharded_state import SavedState, errno_of
 from segdiff_dist.weight_files import DESCRIPTION, is_damaged, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Exporter:
             self._snapshot(checkpoint)
             self._weights(checkpoint)
         except SafetensorError as error:  # the library's own error for errors of the system
-            raise OSError(number_of(error), str(error), str(self.folder)) from error
+            raise OSError(errno_of(error), str(error), str(self.folder)) from error
 
     def _snapshot(self, checkpoint: Path) -> None:
         """Keep the averages of the first checkpoint at or past each multiple of snapshot_every_images."""
@@ -141,7 +141,7 @@ def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:
     folders = [
         p
         for p in (run / "snapshots").glob("[0-9]*")
-        if named_as_one(p) and all((p / f"{a}.safetensors").is_file() for a in averages)
+        if is_checkpoint_folder(p) and all((p / f"{a}.safetensors").is_file() for a in averages)
     ]
     return sorted(int(p.name) for p in folders)
 

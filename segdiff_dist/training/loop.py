@@ -19,7 +19,7 @@ from data_shards.feed.order import rank_positions
 from data_shards.problems import WorkFailed, problem
 from data_shards.records import Batch
 from segdiff_dist.config import flatten, to_yaml
-from segdiff_dist.ranks.distributed import agree, code_versions, gather_objects, is_main, rank, world_size
+from segdiff_dist.ranks.distributed import check_agreement, code_versions, gather_objects, is_main, rank, world_size
 from segdiff_dist.ranks.heartbeat import Heartbeat
 from segdiff_dist.ranks.precision import fast_precision
 from segdiff_dist.training import checkpoint
@@ -31,7 +31,7 @@ from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.engine import Engine, start_distributed
 from segdiff_dist.training.export import Exporter, refuse_to_replace
 from segdiff_dist.training.micro_batch import find_micro_batch
-from segdiff_dist.training.step_log import Guard, RunLog, StepCheck, Window
+from segdiff_dist.training.step_log import LogWindow, RunLog, StepCheck, UpdateGuard
 from segdiff_dist.training.stop_signals import StopSignals
 from segdiff_dist.training.task import Task
 from segdiff_dist.training.throughput import FlopCounter, Peak, StepClock, peak_flops, progress_line
@@ -109,7 +109,7 @@ def train(job: TrainingJob) -> None:
     if len(job.rows) == 0:
         raise problem(job.shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
     start_distributed(job.device)
-    agree(_shared_by_ranks(job))
+    check_agreement(_shared_by_ranks(job))
 
     with Heartbeat(config.hang_timeout_s) as heartbeat:
         # Set up, on every rank alike.
@@ -242,7 +242,7 @@ def _shared_by_ranks(job: TrainingJob) -> dict[str, str]:
     return {"shards digest": job.shards.digest, **settings, **code_versions()}
 
 
-def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Window, Guard]:
+def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, LogWindow, UpdateGuard]:
     """Load the newest usable checkpoint, which rank 0 chooses; returns its folder and the progress of the run. Without
     a checkpoint: None, and the beginning."""
     config = job.config
@@ -250,15 +250,15 @@ def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Wi
     newest: Path | None = gather_objects(chosen)[0]
     if newest is None:
         refuse_to_replace(job.folder)  # those that there were are damaged
-        return None, RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
+        return None, RunState(), LogWindow(engine.device), UpdateGuard(config.spike_factor, engine.device)
     saved = checkpoint.read_state(newest)
     checkpoint.refuse_other_set(newest, saved, job.shards)
     engine.load(newest, saved["ranks"])
     # Checkpoints of earlier versions lack the last two.
     best, validated = saved.get("best_images_seen"), saved.get("validated_images_seen")
     state = RunState(saved["images_seen"], saved["best_score"], best, validated)
-    guard = Guard(config.spike_factor, engine.device, saved["guard"])
-    return newest, state, Window(engine.device, saved["window"]), guard
+    guard = UpdateGuard(config.spike_factor, engine.device, saved["guard"])
+    return newest, state, LogWindow(engine.device, saved["window"]), guard
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
@@ -277,7 +277,7 @@ def _progress_bar(name: str, total: int, initial: int) -> Any:
     return progress_bar(total=total, initial=start, desc=name, unit="img", disable=not is_main(), mininterval=1.0)
 
 
-def _skipped_too_many(name: str, guard: Guard, images_seen: int) -> str:
+def _skipped_too_many(name: str, guard: UpdateGuard, images_seen: int) -> str:
     skipped = f"{guard.longest_in_a_row} steps in a row up to {images_seen} images were skipped"
     return f"{name}: {skipped}: their loss or gradient was not a number, or far above the mean"
 

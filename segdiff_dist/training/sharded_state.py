@@ -43,7 +43,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class ShardOfState:
+class StateShard:
     """One rank's part. shards: kind -> flat fp32 tensors, alike in number and length for every kind; scalars: kind ->
     a number that all elements share (Adam's step)."""
 
@@ -69,7 +69,7 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write(folder: Path, rank: int, state: ShardOfState) -> None:
+def write(folder: Path, rank: int, state: StateShard) -> None:
     """Write one rank's file and, once it is safely on the disk, its length and checksum: rank_00000.json.
 
     Raises OSError if the disk is full; then nothing of this rank counts as written.
@@ -89,12 +89,12 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
     except OSError:
         raise
     except Exception as error:  # safetensors raises its own error for errors of the system
-        raise OSError(number_of(error), str(error), str(path)) from error
+        raise OSError(errno_of(error), str(error), str(path)) from error
     written = {"bytes": path.stat().st_size, "crc32c": checksum}
     write_atomic(path.with_suffix(".json"), json.dumps(written) + "\n", durable=True)
 
 
-def number_of(error: Exception) -> int:
+def errno_of(error: Exception) -> int:
     """The errno in the text of safetensors' error, "... (os error 28)"; EIO if there is none."""
     match = re.search(r"os error (\d+)", str(error))
     return int(match[1]) if match else errno.EIO
@@ -205,7 +205,7 @@ class SavedState:
         return parameters
 
 
-def _packed(state: ShardOfState) -> tuple[dict[str, Tensor], list[Extent]]:
+def _packed(state: StateShard) -> tuple[dict[str, Tensor], list[Extent]]:
     """Tensors to write, and the extents in them: the shards themselves if this rank writes all of their elements, else
     only the elements it writes."""
     num_written = sum(e.stop - e.start for e in state.extents)

@@ -31,11 +31,11 @@ def is_not_finite(values: Tensor) -> Tensor:
     return (values - values) != 0
 
 
-class Window:
+class LogWindow:
     """Means of the loss and of the task's other metrics over the steps since the last line of the log.
 
-    A step's sums are added up over its micro-batches and over ranks before they join the window's. So the window is the
-    same on every rank: one rank saves it, and any number of ranks restores it.
+    A step's sums are added up over its micro-batches and over ranks before they join the window's. So it is the same on
+    every rank: one rank saves it, and any number of ranks restores it.
     """
 
     def __init__(self, device: torch.device, values: dict[str, list[float]] | None = None) -> None:
@@ -93,7 +93,7 @@ class Window:
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
 
-class Guard:
+class UpdateGuard:
     """Decides whether a step's update may be made, and counts those that were not."""
 
     def __init__(self, spike_factor: float, device: torch.device, values: list[float] | None = None) -> None:
@@ -158,8 +158,8 @@ class Guard:
 class StepCheck:
     """The loss of a step: whether the update may be made, and what is counted once it was made or not."""
 
-    window: Window
-    guard: Guard
+    window: LogWindow
+    guard: UpdateGuard
 
     def veto(self) -> Tensor:
         """1.0 if the update must not be made, else 0.0; on the device. Call once a step."""

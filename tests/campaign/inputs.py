@@ -204,14 +204,14 @@ def make_checkpoint(folder: Path) -> None:
     import torch
 
     from segdiff_dist.training import checkpoint, sharded_state
-    from segdiff_dist.training.sharded_state import Extent, ShardOfState
+    from segdiff_dist.training.sharded_state import Extent, StateShard
 
     for images in (8, 16):
         one = folder / checkpoint.checkpoint_name(images)
         one.mkdir(parents=True)
         extents = (Extent("a", 0, 600, 0, 0), Extent("b", 0, 20, 0, 600))
         kinds = {"online": [torch.arange(620.0) + images], "ema_0.05": [torch.ones(620) * images]}
-        sharded_state.write(one, 0, ShardOfState({"a": (20, 30), "b": (20,)}, extents, kinds, {"step": 1.0}))
+        sharded_state.write(one, 0, StateShard({"a": (20, 30), "b": (20,)}, extents, kinds, {"step": 1.0}))
         state = {"images_seen": images, "ranks": 1, "best_score": None, "best_images_seen": images, "guard": [0.0] * 5}
         state |= {"shards_digest": "x", "window": {"loss": [0.5, 1.0]}, "sound": True}
         (one / checkpoint.STATE).write_text(json.dumps(state))

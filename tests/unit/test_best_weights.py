@@ -14,7 +14,7 @@ from training_support import disk_is_full_for, exported, interrupt_at, run_train
 
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.training.checkpoint import complete_ones
+from segdiff_dist.training.checkpoint import complete_checkpoints
 from segdiff_dist.training.export import is_exported
 from segdiff_dist.training.sharded_state import SavedState
 
@@ -70,7 +70,7 @@ def test_exported_are_the_weights_that_scored_best(
     run_training(shapes, tmp_path, **options)
     assert scored == sorted(scores)
     assert exported_from(tmp_path) == best
-    newest, *before = complete_ones(tmp_path / "checkpoints")
+    newest, *before = complete_checkpoints(tmp_path / "checkpoints")
     assert [int(folder.name) for folder in (*reversed(before), newest)] == kept
     assert is_exported(newest, tmp_path)
     # Weights that were removed are exported again, by the same command, from the checkpoint that is kept for it.
@@ -119,7 +119,7 @@ def test_a_full_disk_during_the_export_costs_nothing_but_time(
         pytest.raises(OSError, match=r"is whole, but .*[Ss]pace"),
     ):
         run_training(shapes, tmp_path / "run", keep_checkpoints=1)
-    newest, best = complete_ones(tmp_path / "run" / "checkpoints")
+    newest, best = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert (int(newest.name), int(best.name)) == (96, 32)
     assert not is_exported(newest, tmp_path / "run")
     (small_disk / "filler").unlink()

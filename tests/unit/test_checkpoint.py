@@ -19,7 +19,7 @@ from data_shards.problems import InputProblems
 from segdiff_dist.training import checkpoint, checkpoint_writer, sharded_state
 from segdiff_dist.training.checkpoint_writer import CheckpointWriter
 from segdiff_dist.training.config import TrainConfig, learning_rate
-from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
+from segdiff_dist.training.sharded_state import Extent, SavedState, StateShard
 
 
 def make(folder: Path, images: int, complete: bool = True, **values: int) -> Path:
@@ -33,12 +33,12 @@ def make(folder: Path, images: int, complete: bool = True, **values: int) -> Pat
 
 
 def test_the_newest_complete_one_is_taken(tmp_path: Path) -> None:
-    assert checkpoint.complete_ones(tmp_path / "none") == []
+    assert checkpoint.complete_checkpoints(tmp_path / "none") == []
     for images in (500, 9_000, 10_000):
         make(tmp_path, images)
     make(tmp_path, 20_000, complete=False)
     with pytest.warns(UserWarning, match="20000 is incomplete"):
-        found = checkpoint.complete_ones(tmp_path)
+        found = checkpoint.complete_checkpoints(tmp_path)
     assert [int(p.name) for p in found] == [10_000, 9_000, 500]
 
 
@@ -63,7 +63,7 @@ def test_one_whose_state_cannot_be_read_is_damaged(tmp_path: Path) -> None:
     (make(tmp_path, 200) / checkpoint.STATE).write_text("")
     with pytest.raises(InputProblems, match="remove this folder"):
         checkpoint.read_state(tmp_path / f"{200:012d}")
-    for find in (lambda: checkpoint.complete_ones(tmp_path)[0], lambda: checkpoint.newest_usable(tmp_path)):
+    for find in (lambda: checkpoint.complete_checkpoints(tmp_path)[0], lambda: checkpoint.newest_usable(tmp_path)):
         with pytest.warns(UserWarning, match=r"200 is damaged and skipped: state.json"):
             assert find() == tmp_path / f"{100:012d}"
 
@@ -99,13 +99,11 @@ def there(checkpoints: Path) -> list[int]:
 def newest_first(checkpoints: Path) -> list[Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return checkpoint.complete_ones(checkpoints)
+        return checkpoint.complete_checkpoints(checkpoints)
 
 
-def state(values: torch.Tensor) -> ShardOfState:
-    return ShardOfState(
-        {"w": (len(values),)}, (Extent("w", 0, len(values), 0, 0),), {"online": [values]}, {"step": 1.0}
-    )
+def state(values: torch.Tensor) -> StateShard:
+    return StateShard({"w": (len(values),)}, (Extent("w", 0, len(values), 0, 0),), {"online": [values]}, {"step": 1.0})
 
 
 def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
@@ -124,7 +122,7 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
                 time.sleep(0.01)
         writer.drain(must_succeed=True)
     assert [int(p.name) for p in exported] == [8, 16]
-    assert [int(p.name) for p in checkpoint.complete_ones(tmp_path)] == [16]
+    assert [int(p.name) for p in checkpoint.complete_checkpoints(tmp_path)] == [16]
     newest = checkpoint.newest_usable(tmp_path)
     assert newest is not None
     assert checkpoint.read_state(newest) == {"images_seen": 16, "ranks": 1}
@@ -143,13 +141,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(disk_of: Callab
             pytest.raises(OSError, match="could not be written"),
         ):
             writer.drain(must_succeed=True)
-        assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [8]
+        assert [int(p.name) for p in checkpoint.complete_checkpoints(small_disk)] == [8]
         assert sharded_state.find_damage(small_disk / f"{8:012d}", 1, read_all=True) is None
         assert writer.num_failed == 1
         shutil.rmtree(small_disk / f"{8:012d}")  # room is made
         writer.start(state(weights), {"images_seen": 24})
         writer.drain(must_succeed=True)
-    assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [24]
+    assert [int(p.name) for p in checkpoint.complete_checkpoints(small_disk)] == [24]
 
 
 def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tm
             if images == 16:
                 with pytest.warns(UserWarning, match=r"016 is whole, but .*No space"):
                     writer.drain()
-                assert [int(p.name) for p in checkpoint.complete_ones(tmp_path)] == [16]
+                assert [int(p.name) for p in checkpoint.complete_checkpoints(tmp_path)] == [16]
         writer.drain(must_succeed=True)
         assert (exported, writer.num_failed, writer.lost) == ([24], 1, 0)
         writer.start(state(torch.ones(4)), {"images_seen": 32})

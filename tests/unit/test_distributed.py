@@ -15,7 +15,7 @@ from ranks_support import agreeing, exchanging, ranks
 import data_shards
 import segdiff_dist
 import segdiff_kernels
-from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, name_ranks
+from segdiff_dist.ranks.distributed import DelayedMax, check_agreement, code_versions, format_ranks
 from segdiff_dist.ranks.heartbeat import Heartbeat, RankMonitor, RankStatus
 
 
@@ -70,23 +70,23 @@ def test_all_ranks_hear_of_a_stop_at_the_same_step(tmp_path: Path) -> None:
 
 
 def test_a_world_of_one_behaves_like_many_and_starts_nothing() -> None:
-    agree({"train.lr": "0.001"})
-    agreement = Agreement(("stop",))
-    assert [agreement.exchange({"stop": value})["stop"] for value in (1.0, 0.0, 0.0)] == [0, 1, 0]
+    check_agreement({"train.lr": "0.001"})
+    maxima = DelayedMax(("stop",))
+    assert [maxima.exchange({"stop": value})["stop"] for value in (1.0, 0.0, 0.0)] == [0, 1, 0]
     with Heartbeat(0.001, dead_after_s=0.001) as heartbeat, heartbeat.patience(0.001):
         heartbeat.beat(8)
 
 
 def test_a_put_without_a_value_is_our_own_mistake() -> None:
     with pytest.raises(KeyError):
-        Agreement(("stop", "signal")).exchange({"stop": 1.0})
+        DelayedMax(("stop", "signal")).exchange({"stop": 1.0})
 
 
 def test_ranks_are_named_in_spans_with_their_hosts() -> None:
     hosts = [f"node-{n // 8}" for n in range(64)]
-    assert name_ranks([3], hosts) == "rank 3 (node-0)"
-    assert name_ranks([0, 1, 2, 9, 11, 12], hosts) == "ranks 0-2, 9, 11-12 (node-0, node-1)"
-    assert name_ranks(range(64), hosts) == "ranks 0-63 (node-0, node-1, node-2, node-3 and 4 more)"
+    assert format_ranks([3], hosts) == "rank 3 (node-0)"
+    assert format_ranks([0, 1, 2, 9, 11, 12], hosts) == "ranks 0-2, 9, 11-12 (node-0, node-1)"
+    assert format_ranks(range(64), hosts) == "ranks 0-63 (node-0, node-1, node-2, node-3 and 4 more)"
 
 
 def test_code_that_differs_has_another_digest(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from segdiff_dist import cli
-from segdiff_dist.ranks.distributed import launcher_problems, leave_launcher, naming_who_is_missing
+from segdiff_dist.ranks.distributed import launcher_problems, leave_launcher, naming_missing_ranks
 
 STALE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
 
@@ -29,7 +29,7 @@ def test_who_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     import torch.distributed as dist
 
     stale(monkeypatch, **STALE)
-    with pytest.raises(dist.DistError), naming_who_is_missing(after_s=0.2):
+    with pytest.raises(dist.DistError), naming_missing_ranks(after_s=0.2):
         dist.TCPStore("127.0.0.1", 29577, 4, is_master=False, timeout=timedelta(seconds=1))
     error = capsys.readouterr().err
     assert "rank 1 of 4 has waited 0 s for rank 0 at 127.0.0.1:29577" in error
@@ -38,7 +38,7 @@ def test_who_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_the_main_rank_names_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stale(monkeypatch, **{**STALE, "RANK": "0"})
-    with naming_who_is_missing(after_s=0.01):
+    with naming_missing_ranks(after_s=0.01):
         time.sleep(0.2)
     assert "rank 0 of 4 has waited 0 s for ranks 1 to 3" in capsys.readouterr().err
 
@@ -52,10 +52,10 @@ def test_a_signal_ends_who_waits_in_vain(number: signal.Signals, code: int, word
         "import torch.distributed as dist\n"
         "from data_shards.locks import locked\n"
         "from data_shards.end_signals import ended_by_signals\n"
-        "from segdiff_dist.ranks.distributed import naming_who_is_missing\n"
+        "from segdiff_dist.ranks.distributed import naming_missing_ranks\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "lock = Path(sys.argv[1], '.lock')\n"
-        "with ended_by_signals(), locked(lock, lock.parent, 'trains'), naming_who_is_missing(after_s=0.2):\n"
+        "with ended_by_signals(), locked(lock, lock.parent, 'trains'), naming_missing_ranks(after_s=0.2):\n"
         "    dist.TCPStore('127.0.0.1', 0, 4, is_master=True, timeout=timedelta(seconds=60))"
     )
     environment = {**os.environ, **STALE, "RANK": "0"}
@@ -71,7 +71,7 @@ def test_a_signal_ends_who_waits_in_vain(number: signal.Signals, code: int, word
 
 def test_who_meets_in_time_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stale(monkeypatch, **STALE)
-    with naming_who_is_missing(after_s=0.2):
+    with naming_missing_ranks(after_s=0.2):
         pass
     time.sleep(0.3)
     assert capsys.readouterr().err == ""

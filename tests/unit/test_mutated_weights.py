@@ -22,7 +22,7 @@ from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
 from segdiff_dist.segmentation.segmenter import Segmenter, save_segmenter
 from segdiff_dist.training import checkpoint, sharded_state
-from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
+from segdiff_dist.training.sharded_state import Extent, SavedState, StateShard
 from segdiff_dist.weight_files import DIGESTS
 
 SMALL = DenoiserConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
@@ -151,7 +151,7 @@ def write_checkpoint(checkpoints: Path, images: int) -> Path:
     folder.mkdir(parents=True)
     extents = (Extent("a", 0, 6, 0, 0), Extent("b", 0, 2, 0, 6))
     shards = {"online": [torch.arange(8.0)], "ema_0.05": [torch.ones(8)]}
-    sharded_state.write(folder, 0, ShardOfState({"a": (2, 3), "b": (2,)}, extents, shards, {"step": 1.0}))
+    sharded_state.write(folder, 0, StateShard({"a": (2, 3), "b": (2,)}, extents, shards, {"step": 1.0}))
     (folder / "config.yaml").write_text("train: {lr: 0.1}\n")
     state = {"images_seen": images, "ranks": 1, "best_score": None, "best_images_seen": images, "guard": [0.0] * 5}
     state |= {"shards_digest": "x", "window": {"loss": [float("nan"), 1.0]}, "sound": True}

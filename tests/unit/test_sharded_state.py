@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_shards.problems import InputProblems
 from segdiff_dist.training import sharded_state
-from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
+from segdiff_dist.training.sharded_state import Extent, SavedState, StateShard, share
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (1,), "d": (2, 2, 2)}
 
@@ -71,7 +71,7 @@ def write_all(folder: Path, layout: str, ranks: int) -> None:
             for e in extents:
                 piece = value(number, e.parameter)[e.start : e.stop]
                 shards[kind][e.shard][e.offset : e.offset + len(piece)] = piece
-        sharded_state.write(folder, rank, ShardOfState(SHAPES, tuple(extents), shards, {"step": 7.0}))
+        sharded_state.write(folder, rank, StateShard(SHAPES, tuple(extents), shards, {"step": 7.0}))
 
 
 @settings(deadline=None, max_examples=40)

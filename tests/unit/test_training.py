@@ -25,12 +25,12 @@ from data_shards.records import Batch
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.training import checkpoint, checkpoint_writer
-from segdiff_dist.training.checkpoint import complete_ones
+from segdiff_dist.training.checkpoint import complete_checkpoints
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import average_snapshots, is_exported
 from segdiff_dist.training.loop import TrainingStopped
 from segdiff_dist.training.sharded_state import SavedState
-from segdiff_dist.training.step_log import Guard
+from segdiff_dist.training.step_log import UpdateGuard
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_the_checkpoint_from_before_a_streak_of_skipped_steps_is_kept_named_and_
             run_training(shapes, tmp_path, **DIVERGING)
     weights = json.loads((tmp_path / "weights" / "exported.json").read_text())
     assert weights["images_seen"] == 40
-    assert [one.name for one in checkpoint.complete_ones(tmp_path / "checkpoints")] == [f"{40:012d}"]
+    assert [one.name for one in checkpoint.complete_checkpoints(tmp_path / "checkpoints")] == [f"{40:012d}"]
     # What spoilt the steps is gone: the same call ends as a run that never met it.
     assert run_training(shapes, tmp_path, **DIVERGING) == run_training(shapes, tmp_path / "well", **DIVERGING)
 
@@ -218,11 +218,11 @@ def test_a_run_that_never_learned_names_no_checkpoint(
         run_training(shapes, tmp_path, **DIVERGING)
     assert not (tmp_path / "weights").exists()
     with pytest.warns(UserWarning, match="is from within a streak of skipped steps and skipped"):
-        assert checkpoint.complete_ones(tmp_path / "checkpoints") == []
+        assert checkpoint.complete_checkpoints(tmp_path / "checkpoints") == []
 
 
 def test_a_spike_is_skipped_and_the_rest_is_as_if_it_had_not_been() -> None:
-    guard = Guard(10.0, CPU)
+    guard = UpdateGuard(10.0, CPU)
     skipped = []
     for step in range(300):
         veto = guard.veto(torch.tensor(50.0 if step in (5, 200) else 1.0 + 0.1 * (step % 3), dtype=torch.float64))
@@ -230,7 +230,7 @@ def test_a_spike_is_skipped_and_the_rest_is_as_if_it_had_not_been() -> None:
         skipped.append(float(veto))
     assert [step for step, veto in enumerate(skipped) if veto] == [200]  # the first comes before a mean is known
     assert (guard.num_skipped, guard.num_in_a_row) == (1, 0)
-    again = Guard(10.0, CPU, guard.values())
+    again = UpdateGuard(10.0, CPU, guard.values())
     assert float(again.veto(torch.tensor(50.0, dtype=torch.float64))) == 1.0
 
 
@@ -279,7 +279,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_one_before(
     disk_is_full_for(64, monkeypatch)
     with pytest.warns(UserWarning, match=r"000000000064 could not be written.*No space"):
         run_training(shapes, tmp_path, num_images=80)
-    assert [int(p.name) for p in complete_ones(tmp_path / "checkpoints")] == [80, 32]
+    assert [int(p.name) for p in complete_checkpoints(tmp_path / "checkpoints")] == [80, 32]
     assert not (tmp_path / "checkpoints" / f"{64:012d}").exists()
 
 
@@ -293,7 +293,7 @@ def test_snapshots_and_old_checkpoints_are_kept_where_the_batch_divides_no_inter
     options: dict[str, Any] = {"global_batch_size": 12, "checkpoint_every_images": 16, "keep_checkpoints": 1}
     run_training(shapes, tmp_path, snapshot_every_images=32, keep_every_images=48, **options)
     assert snapshots(tmp_path) == [36, 72, 96]
-    assert [int(p.name) for p in complete_ones(tmp_path / "checkpoints")] == [96, 48]
+    assert [int(p.name) for p in complete_checkpoints(tmp_path / "checkpoints")] == [96, 48]
 
 
 def test_a_snapshot_that_a_kill_cut_short_is_not_used_and_made_again(
@@ -313,7 +313,7 @@ def test_a_snapshot_that_a_kill_cut_short_is_not_used_and_made_again(
         with pytest.raises(ZeroDivisionError):
             run_training(shapes, tmp_path, **options)
     assert snapshots(tmp_path) == [32, 64, 96]
-    [newest] = complete_ones(tmp_path / "checkpoints")
+    [newest] = complete_checkpoints(tmp_path / "checkpoints")
     assert not is_exported(newest, tmp_path)
     config = TrainConfig()
     with pytest.raises(InputProblems, match="there: 32, 64;"):
