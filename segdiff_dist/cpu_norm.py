@@ -21,7 +21,7 @@ BLOCK = 1 << 17
 _MANY = 1 << 20
 
 
-def suit_norms(net: nn.Module) -> None:
+def use_cpu_norms(net: nn.Module) -> None:
     """Give a network's norms the forward function below; parameters, state dict and hooks stay as they are."""
     for module in net.modules():
         if type(module) is nn.GroupNorm:

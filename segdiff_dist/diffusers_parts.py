@@ -78,22 +78,22 @@ __all__ = [
     "UniPCMultistepScheduler",
     "Upsample2D",
     "blocks",
-    "decoded",
-    "encoded",
-    "recomputed",
     "respaced",
+    "run_checkpointed",
+    "run_down_and_mid",
+    "run_up",
     "zero_module",
 ]
 
 
-def recomputed(block: Any, module: nn.Module, *inputs: Any) -> Any:
+def run_checkpointed(block: Any, module: nn.Module, *inputs: Any) -> Any:
     """module(*inputs) of a block; or, keeping only its inputs, with the rest computed again in the backward pass."""
     if torch.is_grad_enabled() and block.gradient_checkpointing:
         return block._gradient_checkpointing_func(module, *inputs)
     return module(*inputs)
 
 
-def encoded(
+def run_down_and_mid(
     net: Any, x_BCHW: Tensor, timestep_B: Tensor, labels_B: Tensor | None, added_BCHW: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The first half of UNet2DModel.forward: what the middle block gives, the embedding of time and class, the skips.
@@ -112,8 +112,8 @@ def encoded(
     return net.mid_block(h_BCHW, emb_BE), emb_BE, skips
 
 
-def decoded(unet: UNet2DModel, mid_BCHW: Tensor, emb_BE: Tensor, skips: list[Tensor]) -> Tensor:
-    """The second half."""
+def run_up(unet: UNet2DModel, mid_BCHW: Tensor, emb_BE: Tensor, skips: list[Tensor]) -> Tensor:
+    """The second half: the up blocks and the output convolution."""
     h_BCHW = mid_BCHW
     for block in unet.up_blocks:
         skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]

@@ -242,7 +242,7 @@ def held_out_loss(run: Path) -> float:
 
     from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.denoiser import Denoiser
-    from segdiff_dist.denoising.diffusion import as_trained
+    from segdiff_dist.denoising.schedule import as_trained
     from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
     from segdiff_dist.experiment import load_experiment
 

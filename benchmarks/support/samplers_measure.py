@@ -19,9 +19,9 @@ from data_shards.files import write_atomic
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.evaluation.metrics import estimates, frechet, overlaps
 from segdiff_dist.experiment import load_experiment
 from segdiff_dist.sampling.config import SampleConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segdiff_dist.autoencoding.config import AutoencoderConfig
-from segdiff_dist.cpu_norm import suit_norms
+from segdiff_dist.cpu_norm import use_cpu_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.planning.network import Network, on_meta
 
@@ -36,7 +36,7 @@ def make_autoencoder(config: AutoencoderConfig) -> Any:
         mid_block_add_attention=config.attention,
         scaling_factor=1.0,
     )
-    suit_norms(autoencoder)
+    use_cpu_norms(autoencoder)
     return autoencoder
 
 

@@ -28,9 +28,9 @@ from data_shards.files import updated_folder
 from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
-from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.latent_space import LatentSpace
 from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.denoising.time_addition import TimeAddition
 from segdiff_dist.diffusers_parts import TimestepEmbedding, Timesteps
 from segdiff_dist.pixels import to_model_range

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data_shards.labels import LabelTable
 from segdiff_dist.denoising.conditioning import MaskEncoder
 from segdiff_dist.denoising.config import DenoiserConfig
-from segdiff_dist.diffusers_parts import ControlNetConditioningEmbedding, ModelMixin, encoded, zero_module
+from segdiff_dist.diffusers_parts import ControlNetConditioningEmbedding, ModelMixin, run_down_and_mid, zero_module
 
 _ENCODER = ("conv_in", "time_proj", "time_embedding", "class_embedding", "down_blocks", "mid_block")
 
@@ -58,7 +58,7 @@ class ControlNet(ModelMixin):
         m_BCHW = self.mask_encoder(mask_BHW, x_BCHW.dtype, edge_B2HW)
         m_BCHW = F.pixel_unshuffle(m_BCHW, self._stem) if self._stem > 1 else m_BCHW
         features_BCHW = self.hint(m_BCHW.contiguous(memory_format=torch.channels_last))
-        mid_BCHW, _, skips = encoded(self, x_BCHW, timestep_B, labels_B, features_BCHW)
+        mid_BCHW, _, skips = run_down_and_mid(self, x_BCHW, timestep_B, labels_B, features_BCHW)
         return [zero(skip) for zero, skip in zip(self.zeros, skips, strict=True)], self.zero_mid(mid_BCHW)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from segdiff_dist.cpu_norm import suit_norms
+from segdiff_dist.cpu_norm import use_cpu_norms
 from segdiff_dist.diffusers_parts import ResnetBlock2D
 
 
-def suit_cpu(unet: nn.Module) -> None:
+def adapt_to_cpu(unet: nn.Module) -> None:
     """Give a UNet2DModel's norms and resnets other forward functions; parameters, state dict and hooks stay."""
-    suit_norms(unet)
+    use_cpu_norms(unet)
     for module in unet.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
             module.__class__ = _Resnet

@@ -35,7 +35,7 @@ from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
-from segdiff_dist.denoising.stem_unet import PixelHead, begin_as_identity, make_unet
+from segdiff_dist.denoising.stem_unet import PixelHead, make_unet, zero_init_residuals
 from segdiff_dist.denoising.time_addition import AugmentationLabels
 from segdiff_dist.denoising.weights_layout import UNET_FILE, files_in, tensors_by_file
 from segdiff_dist.weight_files import DESCRIPTION, read_weights, refuse_damaged, write_digests
@@ -107,7 +107,7 @@ class Denoiser(nn.Module):
         self.unet = make_unet(config, side, in_channels, channels, len(self.modalities))
         self.head = PixelHead() if config.stem > 1 else None
         if config.stem > 1:
-            begin_as_identity(self.unet)
+            zero_init_residuals(self.unet)
         self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
         self.level = None if lower is None else LevelEmbedding(self.unet)
         self.augmentation_embedding = AugmentationLabels(self.unet) if own.augmentation_labels else None
@@ -154,11 +154,11 @@ class Denoiser(nn.Module):
             self.reads_labels = is_onehot and self.config.stem == 1 and self.space is None and self.lower is None
             fuse(self.unet, reads_labels=self.reads_labels)
         elif device.type == "cpu":
-            from segdiff_dist.denoising.cpu_unet import suit_cpu
+            from segdiff_dist.denoising.cpu_unet import adapt_to_cpu
 
-            suit_cpu(self.unet)
+            adapt_to_cpu(self.unet)
             if self.control is not None:
-                suit_cpu(self.control)
+                adapt_to_cpu(self.control)
 
     def conditions_of(self, batch: Batch) -> Conditions:
         """The conditions in a batch: the arguments of forward after x_t and timestep."""
@@ -223,12 +223,12 @@ class Denoiser(nn.Module):
         mask: tuple[Tensor, Tensor | None],
     ) -> Tensor:
         """The base's output, with what the control adds to its skips and its middle."""
-        from segdiff_dist.diffusers_parts import decoded, encoded
+        from segdiff_dist.diffusers_parts import run_down_and_mid, run_up
 
         of_skips, of_mid_BCHW = control(x_BCHW, timestep_B, labels_B, *mask)
-        mid_BCHW, emb_BE, skips = encoded(self.unet, x_BCHW, timestep_B, labels_B)
+        mid_BCHW, emb_BE, skips = run_down_and_mid(self.unet, x_BCHW, timestep_B, labels_B)
         added = [skip + more for skip, more in zip(skips, of_skips, strict=True)]
-        return decoded(self.unet, mid_BCHW + of_mid_BCHW, emb_BE, added)
+        return run_up(self.unet, mid_BCHW + of_mid_BCHW, emb_BE, added)
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it the facts that diffusers' files

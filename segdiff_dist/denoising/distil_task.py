@@ -20,12 +20,12 @@ from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, without
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
-from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.distil_config import DistilConfig
 from segdiff_dist.denoising.distillation import Grid, PredictX0, student_sampler
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.denoising.samplers import bounded, num_evaluations
+from segdiff_dist.denoising.samplers import num_evaluations, thresholded
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.weight_files import DESCRIPTION
@@ -91,7 +91,7 @@ class Teacher:
                 p0_GCHW = self.model(input_BCHW[chosen_G], time_B[chosen_G], *of_null)
                 p1_GCHW = prediction_BCHW[chosen_G]
                 prediction_BCHW[chosen_G] = p0_GCHW + sampler.guidance * (p1_GCHW - p0_GCHW)
-            return bounded(here.from_x * x_BCHW + here.from_prediction * prediction_BCHW, sampler)
+            return thresholded(here.from_x * x_BCHW + here.from_prediction * prediction_BCHW, sampler)
 
         return x_0_at
 

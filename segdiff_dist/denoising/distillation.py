@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segdiff_dist.denoising.grids import Level, levels_of
+from segdiff_dist.denoising.noise_levels import Level, levels_of
 from segdiff_dist.denoising.process import Process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import is_guided

@@ -13,7 +13,7 @@ from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem, problem
 from segdiff_dist.denoising.cascade import LOWER, LowerStage, copy_stage
 from segdiff_dist.denoising.denoiser import BaseNet, Denoiser, described_modalities, known_modalities
-from segdiff_dist.denoising.diffusion import as_trained
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from segdiff_dist.diffusers_parts import (
     UNet2DOutput,
     Upsample2D,
     blocks,
-    recomputed,
+    run_checkpointed,
 )
 from segdiff_kernels.group_norm_silu import group_norm_silu
 from segdiff_kernels.residual_add import residual_add
@@ -238,7 +238,7 @@ class _DownBlock(blocks.DownBlock2D):
         inputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention in zip(self.resnets, attentions, strict=True):
-            stream, kept = recomputed(self, resnet, stream, next(shared.times), None, True)
+            stream, kept = run_checkpointed(self, resnet, stream, next(shared.times), None, True)
             inputs.append(kept)
             stream = stream if attention is None else attention(stream, next(shared.projections))
         for downsample in self.downsamplers or ():
@@ -257,7 +257,7 @@ class _MidBlock(blocks.UNetMidBlock2D):
         stream, kept = self.resnets[0](stream, next(shared.times), None, True)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             stream = stream if attention is None else attention(stream, next(shared.projections))
-            stream = recomputed(self, resnet, stream, next(shared.times))
+            stream = run_checkpointed(self, resnet, stream, next(shared.times))
         return stream, [kept]
 
 
@@ -265,7 +265,7 @@ class _UpBlock(blocks.UpBlock2D):
     def forward(self, stream: Stream, skips: list[Stream], shared: Shared) -> Stream:
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, skip in zip(self.resnets, attentions, reversed(skips), strict=True):
-            stream = recomputed(self, resnet, stream, next(shared.times), skip)
+            stream = run_checkpointed(self, resnet, stream, next(shared.times), skip)
             stream = stream if attention is None else attention(stream, next(shared.projections))
         for upsample in self.upsamplers or ():
             stream = _without_bias(upsample(stream.x_NCHW), upsample.conv.bias)

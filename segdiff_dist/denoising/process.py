@@ -24,7 +24,6 @@ from torch import Tensor
 
 from data_shards.records import Batch
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.loss_weighting import (
     NUM_BUCKETS,
     lognormal_timesteps,
@@ -32,6 +31,7 @@ from segdiff_dist.denoising.loss_weighting import (
     sums_by_timestep,
     weight_of_x0_error,
 )
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_kernels import philox
 from segdiff_kernels.condition_input import condition_input, condition_input_reference
 from segdiff_kernels.noising import LinearPrediction, mixed, predicted_x_0, prediction_target, q_sample

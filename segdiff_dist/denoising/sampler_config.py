@@ -164,7 +164,7 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
         remedy += ", or trailing" if diffusion.objective == "flow" else ""
         checks.require("timestep_spacing", diffusion.objective == "flow" and not leading, remedy)
     else:
-        from segdiff_dist.denoising.grids import sigma_bounds
+        from segdiff_dist.denoising.noise_levels import sigma_bounds
         from segdiff_dist.denoising.process import make_process
 
         process = make_process(diffusion)
@@ -191,7 +191,7 @@ def _student_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Pr
     checks.require("sigma_shift", own.sigma_shift == 1.0, "the net was distilled without: give 1")
     if checks.problems:
         return checks.problems
-    from segdiff_dist.denoising.grids import levels_of
+    from segdiff_dist.denoising.noise_levels import levels_of
     from segdiff_dist.denoising.process import make_process
 
     levels = levels_of(own, make_process(diffusion))

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, modality_of
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.grids import Level, level_at, levels_of, shown_level
+from segdiff_dist.denoising.noise_levels import Level, level_at, levels_of, shown_level
 from segdiff_dist.denoising.process import Process, TimestepProcess, make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.diffusers_parts import respaced
@@ -108,11 +108,11 @@ def sample(
         x0_pred_BCHW = process.x_0_at(predicted(x_t_BCHW, level), seen_BCHW, shown.alpha_bar)
         return x0_pred_BCHW if guide is None else guide(x0_pred_BCHW, level.alpha_bar)
 
-    def bounded_x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
-        return bounded(x_0_at(x_t_BCHW, level), own)
+    def thresholded_x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
+        return thresholded(x_0_at(x_t_BCHW, level), own)
 
     assert own.solver is not None, "resolved() chooses one"
-    of_step = x_0_at if own.solver in _BOUND_THEMSELVES else bounded_x_0_at
+    of_step = x_0_at if own.solver in _BOUND_THEMSELVES else thresholded_x_0_at
     return _SOLVERS[own.solver](of_step, levels, x_T_BCHW, own, process, step_noise)
 
 
@@ -122,7 +122,7 @@ def _from_one_to(level: Level, shown: Level) -> float:
     return 1.0 if shown is level else math.sqrt(shown.alpha_bar / level.alpha_bar)
 
 
-def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
+def thresholded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
     """x_0 clipped to [-1, 1], or dynamically thresholded, each image by itself (Saharia et al. 2022, section 2.3)."""
     if sampler.dynamic_threshold > 0:
         largest_B = x0_pred_BCHW.abs().flatten(1).quantile(sampler.dynamic_threshold, dim=1).clamp(min=1.0)
@@ -131,7 +131,7 @@ def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
     return x0_pred_BCHW.clamp(-1.0, 1.0) if sampler.clip_sample else x0_pred_BCHW
 
 
-def cleared(images_BCHW: Tensor, mask_BHW: Tensor, body_id: int) -> Tensor:
+def clear_air(images_BCHW: Tensor, mask_BHW: Tensor, body_id: int) -> Tensor:
     """Images in [-1, 1] with -1, black, where neither a pixel of the mask [B, H, W] nor one of its eight neighbours has
     a label. The neighbours keep the outline of the patient, which is between pixels. Images whose mask has no `body`
     do not change: 0 may be the patient there."""

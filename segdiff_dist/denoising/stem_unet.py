@@ -67,7 +67,7 @@ def make_unet(
     )
 
 
-def begin_as_identity(unet: nn.Module) -> None:
+def zero_init_residuals(unet: nn.Module) -> None:
     """Set the last convolution of every residual block to zero, so that the block begins as its shortcut.
 
     The net then learns a little faster: Goyal et al. 2017, section 5.1; Dhariwal and Nichol 2021.

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_shards.documents import read_json, reading
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import as_trained
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.weight_files import DESCRIPTION
 
 UNET, SEGMENTER, SCHEDULER = "unet", "segmenter", "scheduler"

@@ -17,11 +17,11 @@ from data_shards.problems import Problem, problem
 from segdiff_dist.denoising.cascade import LOWER, copy_stage, stage_problems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import make_scheduler
-from segdiff_dist.denoising.grids import sigma_bounds
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, copy_to_pipeline, sampler_problems
+from segdiff_dist.denoising.noise_levels import sigma_bounds
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.pipeline.card import CardParts, card
 from segdiff_dist.pipeline.description import (
     CARD,

@@ -22,7 +22,7 @@ from data_shards.problems import InputProblems, Problem, WorkFailed, explain_ful
 from data_shards.records import AXES, SPLITS
 from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import as_trained
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, drawn_rows, list_items, list_items_of
 from segdiff_dist.sampling.mask_source import MaskArray

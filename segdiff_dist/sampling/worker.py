@@ -212,7 +212,7 @@ def generate(
 
     Raises InputProblems with the items if values of the net or the solver are not finite.
     """
-    from segdiff_dist.denoising.samplers import cleared
+    from segdiff_dist.denoising.samplers import clear_air
     from segdiff_dist.pixels import to_uint8
 
     conditions = _with_lower_stage(model, items, conditions, sampler, seed, options)
@@ -221,7 +221,7 @@ def generate(
     _refuse_not_finite(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
     body_id = model.label_table.body_id
     if sampler.clear_air and body_id is not None:
-        images_BCHW = cleared(images_BCHW, conditions.mask_BHW, body_id)
+        images_BCHW = clear_air(images_BCHW, conditions.mask_BHW, body_id)
     return to_uint8(images_BCHW).cpu().numpy()
 
 

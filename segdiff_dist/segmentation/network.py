@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.modalities import MODALITIES
-from segdiff_dist.cpu_norm import suit_norms
+from segdiff_dist.cpu_norm import use_cpu_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.planning.network import Classes, Network, on_meta
 from segdiff_dist.segmentation.config import NORM_GROUPS, SegmenterConfig
@@ -35,7 +35,7 @@ class SegmenterNet(nn.Module):
             num_res_units=config.num_res_units,
             norm=("group", {"num_groups": NORM_GROUPS}),
         )
-        suit_norms(self.unet)
+        use_cpu_norms(self.unet)
         self.num_modalities = num_modalities
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from kernels_support import DEVICE, TOLERANCE, assert_near, fresh_generator
 from torch import Tensor
 
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.loss_weighting import lognormal_timesteps
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.pixels import to_model_range
 from segdiff_kernels import philox
 from segdiff_kernels.condition_input import condition_input, condition_input_reference

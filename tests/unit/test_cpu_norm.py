@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdiff_dist import cpu_norm
-from segdiff_dist.cpu_norm import group_norm, suit_norms
+from segdiff_dist.cpu_norm import group_norm, use_cpu_norms
 
 LAST = torch.channels_last
 
@@ -94,7 +94,7 @@ def test_weights_may_be_wider_than_the_image_as_under_autocast() -> None:
 def test_a_network_keeps_its_names() -> None:
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(4, 8), nn.SiLU())
     before = copy.deepcopy(net.state_dict())
-    suit_norms(net)
+    use_cpu_norms(net)
     assert list(net.state_dict()) == list(before)
     x_NCHW = torch.randn(2, 1, 9, 9).contiguous(memory_format=LAST)
     wanted = F.silu(F.group_norm(net[0](x_NCHW), 4, before["1.weight"], before["1.bias"]))
@@ -104,7 +104,7 @@ def test_a_network_keeps_its_names() -> None:
 def test_the_unet_computes_what_diffusers_does_and_stays_channels_last() -> None:
     from diffusers import UNet2DModel
 
-    from segdiff_dist.denoising.cpu_unet import suit_cpu
+    from segdiff_dist.denoising.cpu_unet import adapt_to_cpu
 
     torch.manual_seed(0)
     theirs = UNet2DModel(
@@ -119,7 +119,7 @@ def test_the_unet_computes_what_diffusers_does_and_stays_channels_last() -> None
         attention_head_dim=16,
     )
     ours = copy.deepcopy(theirs)
-    suit_cpu(ours)
+    adapt_to_cpu(ours)
     in_rows = []
     for name, module in ours.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.pixels import to_model_range, to_uint8
 from segdiff_kernels.noising import meaning, predicted_x_0, prediction_target, q_sample
 

@@ -8,13 +8,13 @@ from recipes_support import ALPHAS_CUMPROD
 from torch import Tensor
 
 from segdiff_dist.denoising.config import DiffusionConfig, LossWeighting, PredictionType
-from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.loss_weighting import (
     lognormal_timesteps,
     loss_weights,
     prediction_error_per_x0_error,
     sums_by_timestep,
 )
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_kernels.noising import predicted_x_0, prediction_target, q_sample
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v", "x0")

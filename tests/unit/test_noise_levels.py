@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.grids import levels_of, sigma_bounds
+from segdiff_dist.denoising.noise_levels import levels_of, sigma_bounds
 from segdiff_dist.denoising.process import Process, SigmaProcess, TimestepProcess, make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations, sample

@@ -17,8 +17,8 @@ from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.process import SigmaProcess, make_process
+from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.denoising.sigma_data import measure_sigma_data, with_sigma_data
 from segdiff_dist.experiment import Experiment, refuse_another_config
 from segdiff_dist.pixels import to_model_range

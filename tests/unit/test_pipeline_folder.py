@@ -14,7 +14,7 @@ from tests_support import write_shapes
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import make_scheduler
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.export.job import export_model
 from segdiff_dist.pipeline import SegGuidedPipeline
 

@@ -11,8 +11,8 @@ import torch
 from data_shards.labels import LABEL_TABLES
 from segdiff_dist.config import as_dict, differences
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import make_scheduler
-from segdiff_dist.denoising.grids import spaced_timesteps
+from segdiff_dist.denoising.noise_levels import spaced_timesteps
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.experiment import Experiment, load_experiment
 from segdiff_dist.training.config import learning_rate
 

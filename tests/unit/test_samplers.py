@@ -19,10 +19,10 @@ from data_shards.records import MODALITIES
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler
-from segdiff_dist.denoising.grids import spaced_timesteps
+from segdiff_dist.denoising.noise_levels import spaced_timesteps
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig, guidance_digest, guidance_problems
-from segdiff_dist.denoising.samplers import bounded, cleared, num_evaluations, sample, segmenter_guide
+from segdiff_dist.denoising.samplers import clear_air, num_evaluations, sample, segmenter_guide, thresholded
+from segdiff_dist.denoising.schedule import make_scheduler
 from segdiff_dist.denoising.task import DiceTerm
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
@@ -259,13 +259,13 @@ def test_eta_uses_the_noise_it_is_given() -> None:
 
 def test_dynamic_thresholding_by_hand() -> None:
     x_0 = torch.stack((torch.linspace(-2, 2, 101), torch.linspace(-0.5, 0.5, 101))).reshape(2, 1, 1, 101)
-    found = bounded(x_0, SamplerConfig(dynamic_threshold=0.5))
+    found = thresholded(x_0, SamplerConfig(dynamic_threshold=0.5))
     # The median of |x| is 1 in the first image, so it is clipped; in the second nothing is above 1.
     torch.testing.assert_close(found[0], x_0[0].clamp(-1, 1))
     assert torch.equal(found[1], x_0[1])
-    wide = bounded(4 * x_0, SamplerConfig(dynamic_threshold=0.5))
+    wide = thresholded(4 * x_0, SamplerConfig(dynamic_threshold=0.5))
     torch.testing.assert_close(wide[0], x_0[0].clamp(-1, 1))
-    assert float(bounded(x_0, SamplerConfig(clip_sample=False)).abs().max()) == 2.0
+    assert float(thresholded(x_0, SamplerConfig(clip_sample=False)).abs().max()) == 2.0
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -393,7 +393,7 @@ def test_cleared_images_are_black_where_the_mask_has_air() -> None:
     mask = torch.zeros(2, 9, 9, dtype=torch.uint8)
     mask[0, 3, 4], mask[0, 4, 4] = 16, 1  # body and an organ
     mask[1, 2, 2] = 1  # no body
-    found = cleared(images, mask, 16)
+    found = clear_air(images, mask, 16)
     kept = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
     kept[0, :, 2:6, 3:6] = kept[1] = True
     assert torch.equal(found[kept], images[kept])
