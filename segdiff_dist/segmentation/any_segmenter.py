@@ -2,7 +2,7 @@
 
 A TorchScript file is a program: loading it runs the code in it. So it is used only if the user names it.
 
-FILE.pt, FILE.yaml                                     the network, and beside it what it takes and gives: ScriptConfig
+FILE.pt, FILE.yaml                                     the network, and beside it what it takes and gives: TorchScriptConfig
 BUNDLE/models/model.ts, BUNDLE/configs/metadata.json   the same of a MONAI bundle; BUNDLE/segdiff.yaml goes before it
 
 Dimensions: B batch, C channels, K classes, H rows, W columns.
@@ -31,7 +31,7 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.ranges import RISING, range_problems
 from data_shards.settings import Result
 from segdiff_dist.config import read_yaml, validate
-from segdiff_dist.segmentation.segmenter import Segmenter, best_of
+from segdiff_dist.segmentation.segmenter import Segmenter, predicted_labels
 from segdiff_dist.segmentation.tools import ToolSegmenter, is_tool, open_tool
 from segdiff_dist.weight_files import DESCRIPTION
 
@@ -41,7 +41,7 @@ _Range = Annotated[tuple[float, float], RISING]
 
 
 @dataclass(frozen=True)
-class ScriptConfig:
+class TorchScriptConfig:
     """Input and output of a TorchScript network: a float32 image [B, channels, H, W]; scores [B, K, H, W] or label ids
     [B, H, W] or [B, 1, H, W]."""
 
@@ -65,13 +65,13 @@ class ScriptConfig:
 
 
 @dataclass(frozen=True)
-class ScriptSegmenter:
+class TorchScriptSegmenter:
     """A TorchScript network, ready to use. `own_of`: uint8 [256], the table's id by the network's; `hu`: of the darkest
     and the brightest grey value."""
 
     net: Any
     file: Path
-    config: ScriptConfig
+    config: TorchScriptConfig
     label_table: LabelTable
     weights_sha256: str
     device: torch.device
@@ -79,7 +79,7 @@ class ScriptSegmenter:
     hu: tuple[float, float] | None = None
 
     @classmethod
-    def load(cls, file: Path, config: ScriptConfig, device: torch.device | str = "cpu") -> ScriptSegmenter:
+    def load(cls, file: Path, config: TorchScriptConfig, device: torch.device | str = "cpu") -> TorchScriptSegmenter:
         """Runs the code in the file. Raises InputProblems if it cannot be read, or if its names make no table."""
         table = _table_of(file, config)
         try:
@@ -97,7 +97,7 @@ class ScriptSegmenter:
         """In the order of the ids that `predict` takes."""
         return self.config.modalities if set(self.config.modalities) - set(MODALITIES) else MODALITIES
 
-    def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> ScriptSegmenter:
+    def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> TorchScriptSegmenter:
         """The same, for masks of a table: its labels are mapped to the table's; classes that the table does not have
         become background."""
         own_of = torch.zeros(256, dtype=torch.uint8)
@@ -160,13 +160,13 @@ class ScriptSegmenter:
                 raise ValueError(f"{self.file} gives scores of {value}")
             if output_BCHW.shape[2:] != shape[1:]:
                 output_BCHW = interpolate(output_BCHW.float(), shape[1:], mode="bilinear")
-            return best_of(output_BCHW)
+            return predicted_labels(output_BCHW)
         if output_BCHW.shape[2:] != shape[1:]:
             output_BCHW = interpolate(output_BCHW.float(), shape[1:], mode="nearest-exact")
         return output_BCHW[:, 0]
 
 
-AnySegmenter = Segmenter | ScriptSegmenter | ToolSegmenter
+AnySegmenter = Segmenter | TorchScriptSegmenter | ToolSegmenter
 
 
 def open_any_segmenter(path: Path, device: torch.device | str = "cpu") -> AnySegmenter:
@@ -175,26 +175,26 @@ def open_any_segmenter(path: Path, device: torch.device | str = "cpu") -> AnySeg
     if is_tool(path):
         return open_tool(path)
     if path.is_file():
-        return ScriptSegmenter.load(path, _read_config(path.with_suffix(".yaml")), device)
+        return TorchScriptSegmenter.load(path, _read_config(path.with_suffix(".yaml")), device)
     if not (path / DESCRIPTION).is_file() and (path / _BUNDLE_NETWORK).is_file():
         own = path / _BUNDLE_CONFIG
         config = _read_config(own) if own.is_file() else _config_of_bundle(path / _BUNDLE_METADATA)
-        return ScriptSegmenter.load(path / _BUNDLE_NETWORK, config, device)
+        return TorchScriptSegmenter.load(path / _BUNDLE_NETWORK, config, device)
     if path.suffix in _ENDINGS:
         raise problem(path, "segmenter", "no such file", "give a TorchScript file")
     return Segmenter.load(path, device)
 
 
-def _read_config(file: Path) -> ScriptConfig:
+def _read_config(file: Path) -> TorchScriptConfig:
     if not file.is_file():
         remedy = "write `names: {0: background, 1: ...}` there, and what docs/metrics.md lists"
         raise problem(file, "description of the segmenter", "not there", remedy)
-    config = validate(ScriptConfig, read_yaml(file), file)
+    config = validate(TorchScriptConfig, read_yaml(file), file)
     refuse(range_problems(config, str(file)))
     return config
 
 
-def _config_of_bundle(file: Path) -> ScriptConfig:
+def _config_of_bundle(file: Path) -> TorchScriptConfig:
     """The description from a bundle's metadata.json (MONAI bundle specification, network_data_format)."""
     remedy = f"describe the network in {file.parents[1] / _BUNDLE_CONFIG}"
     with reading(file, "the metadata of a MONAI bundle", remedy):
@@ -209,10 +209,10 @@ def _config_of_bundle(file: Path) -> ScriptConfig:
             values["size"] = sides[0]
         if len(image.get("value_range") or ()) == 2:
             values["range"] = image["value_range"]
-    return validate(ScriptConfig, values, file)
+    return validate(TorchScriptConfig, values, file)
 
 
-def _table_of(file: Path, config: ScriptConfig) -> LabelTable:
+def _table_of(file: Path, config: TorchScriptConfig) -> LabelTable:
     """The table of its own ids."""
     remedy = f"name the ids 0, 1, 2, ... without a gap, each once; 0 is {BACKGROUND}"
     if sorted(config.names) != list(range(len(config.names))):

@@ -85,7 +85,7 @@ class Segmenter:
     @torch.no_grad()
     def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """uint8 label ids [B, H, W] of uint8 or uint16 images."""
-        return best_of(self.net(image_BHW.to(self.device), modality_B.to(self.device)))
+        return predicted_labels(self.net(image_BHW.to(self.device), modality_B.to(self.device)))
 
     @torch.no_grad()
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
@@ -96,10 +96,10 @@ class Segmenter:
     def predict_and_features(self, image_BHW: Tensor, modality_B: Tensor) -> tuple[Tensor, Tensor]:
         """Both of the above, from one pass through the encoder."""
         scores, features = self.net.scores_and_features(image_BHW.to(self.device), modality_B.to(self.device))
-        return best_of(scores), features.float()
+        return predicted_labels(scores), features.float()
 
 
-def best_of(scores_BKHW: Tensor) -> Tensor:
+def predicted_labels(scores_BKHW: Tensor) -> Tensor:
     """uint8 [B, H, W]: the class of the highest score."""
     # argmax gives the same and takes 1.5 times as long on a CPU.
     return scores_BKHW.max(dim=1).indices.to(torch.uint8)

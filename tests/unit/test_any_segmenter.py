@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.experiment import Withheld, load_experiment
-from segdiff_dist.segmentation.any_segmenter import ScriptSegmenter, open_any_segmenter
+from segdiff_dist.segmentation.any_segmenter import TorchScriptSegmenter, open_any_segmenter
 
 NAMES = {0: "background", 1: "liver", 2: "spleen", 3: "kidney_left"}
 ORGANS = LabelTable("organs", ("background", "spleen", "liver"))
@@ -48,13 +48,13 @@ def write_segmenter(file: Path, net: nn.Module | None = None, **described: Any) 
     return file
 
 
-def opened(file: Path, hu: tuple[float, float] | None = None) -> ScriptSegmenter:
+def opened(file: Path, hu: tuple[float, float] | None = None) -> TorchScriptSegmenter:
     found = open_any_segmenter(file)
-    assert isinstance(found, ScriptSegmenter)
+    assert isinstance(found, TorchScriptSegmenter)
     return found.suited(ORGANS, hu)
 
 
-def labels_of(segmenter: ScriptSegmenter, grey: list[int], side: int = 4) -> list[int]:
+def labels_of(segmenter: TorchScriptSegmenter, grey: list[int], side: int = 4) -> list[int]:
     """The labels of a column of squares of these grey values."""
     image_HW = np.repeat(np.repeat(np.array(grey, np.uint8)[:, None], side, 0), side, 1)
     image_HW = np.repeat(image_HW, len(grey), 1)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from data_shards.labels import LabelTable
     from segdiff_dist.evaluation.measure.config import EvaluateConfig
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation.any_segmenter import AnySegmenter, ScriptSegmenter
+    from segdiff_dist.segmentation.any_segmenter import AnySegmenter, TorchScriptSegmenter
     from segdiff_dist.segmentation.segmenter import Segmenter
 
 
@@ -212,7 +212,7 @@ def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Pr
         yield Problem(shards.root, "size", value, "give a set of slices that are at least as large")
 
 
-def _why_not(segmenter: Segmenter | ScriptSegmenter, side: int) -> str | None:
+def _why_not(segmenter: Segmenter | TorchScriptSegmenter, side: int) -> str | None:
     """Why the segmenter cannot label images of `side` x `side` pixels; it is tried on one."""
     import torch
 
