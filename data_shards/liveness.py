@@ -31,7 +31,7 @@ _BOUND_MINUTES = 60.0
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerProcess:
     """A process: of which machine, which Ray node, which id, and created when (ids are used again)."""
 
     host: str
@@ -40,7 +40,7 @@ class Place:
     created: float
 
     @classmethod
-    def of_this_process(cls, node: str) -> Place:
+    def of_this_process(cls, node: str) -> WorkerProcess:
         """The identity of the calling process."""
         return cls(socket.gethostname(), node, os.getpid(), psutil.Process().create_time())
 
@@ -48,19 +48,19 @@ class Place:
         return f"{self.pid} on {self.host}"
 
 
-def cpu_seconds(place: Place) -> float | None:
+def cpu_seconds(worker: WorkerProcess) -> float | None:
     """Processor time of the process and of its children. Call on its machine. None if the process has ended."""
     try:
-        process = _process(place)
+        process = _process(worker)
         return _used(process) + sum(map(_used, process.children(recursive=True)))
     except psutil.Error:
         return None
 
 
-def end(place: Place) -> None:
+def end(worker: WorkerProcess) -> None:
     """Kill the process and those that it started. Call on its machine."""
     with contextlib.suppress(psutil.Error):
-        process = _process(place)
+        process = _process(worker)
         kill([process, *process.children(recursive=True)])
 
 
@@ -82,13 +82,13 @@ def bound_s() -> float | None:
 
 
 @dataclass
-class Quiet:
+class IdleWatch:
     """How long workers have done nothing, measured by checks from time to time."""
 
     bound_s: float
-    _seen: dict[Place, tuple[float, float]] = field(default_factory=dict)
+    _seen: dict[WorkerProcess, tuple[float, float]] = field(default_factory=dict)
     """Processor time and moment of the last check at which the time had grown."""
-    _reported: set[Place] = field(default_factory=set)
+    _reported: set[WorkerProcess] = field(default_factory=set)
     _looked_at: float | None = None
 
     @property
@@ -105,53 +105,55 @@ class Quiet:
         """Whether it is time for the next check."""
         return self._looked_at is None or now - self._looked_at >= self.look_every_s
 
-    def look(self, used: dict[Place, float | None], now: float) -> tuple[list[Place], list[Place]]:
+    def look(
+        self, used: dict[WorkerProcess, float | None], now: float
+    ) -> tuple[list[WorkerProcess], list[WorkerProcess]]:
         """Workers to report, each once while it does nothing, and workers to end. `used`: processor time of all workers
         with a task; None if it is not known, which counts as work."""
         if self._looked_at is not None and now - self._looked_at > 3 * self.look_every_s + _LOOK_S:
             self._seen.clear()  # this process was stopped itself
         self._looked_at = now
         report, over = [], []
-        self._seen = {place: seen for place, seen in self._seen.items() if place in used}
-        for place, seconds in used.items():
-            before, since = self._seen.get(place, (0.0, now))
+        self._seen = {worker: seen for worker, seen in self._seen.items() if worker in used}
+        for worker, seconds in used.items():
+            before, since = self._seen.get(worker, (0.0, now))
             # Less than before: a process that it started has ended.
-            if place not in self._seen or seconds is None or abs(seconds - before) > _LEAST_CORES * (now - since):
-                self._seen[place] = (before if seconds is None else seconds, now)
-                self._reported.discard(place)
+            if worker not in self._seen or seconds is None or abs(seconds - before) > _LEAST_CORES * (now - since):
+                self._seen[worker] = (before if seconds is None else seconds, now)
+                self._reported.discard(worker)
             elif now - since >= self.bound_s:
-                over.append(place)
-            elif now - since >= self.report_s and place not in self._reported:
-                self._reported.add(place)
-                report.append(place)
+                over.append(worker)
+            elif now - since >= self.report_s and worker not in self._reported:
+                self._reported.add(worker)
+                report.append(worker)
         return report, over
 
     def end_the_stuck(
         self,
-        places: list[Place],
+        workers: list[WorkerProcess],
         now: float,
-        on_machines: Callable[[Callable[[Place], Any], list[Place]], list[Any]],
+        on_machines: Callable[[Callable[[WorkerProcess], Any], list[WorkerProcess]], list[Any]],
         say: Callable[[str], None],
-    ) -> list[Place]:
+    ) -> list[WorkerProcess]:
         """Report workers whose task uses no processor time, and end those that have used none for too long, so that
-        their tasks go to others: returns these. `on_machines(do, places)`: do(place) on each place's machine."""
-        report, over = self.look(dict(zip(places, on_machines(cpu_seconds, places), strict=True)), now)
+        their tasks go to others: returns these. `on_machines(do, workers)`: do(worker) on each worker's machine."""
+        report, over = self.look(dict(zip(workers, on_machines(cpu_seconds, workers), strict=True)), now)
         bound = f"{self.bound_s / 60:.3g} minutes"
-        for place in report:
+        for worker in report:
             say(
-                f"worker {place} has done nothing for {self.report_s / 60:.2g} minutes: it uses no processor "
+                f"worker {worker} has done nothing for {self.report_s / 60:.2g} minutes: it uses no processor "
                 f"time. After {bound} it is ended, and its task goes to another (set {BOUND} to change that)"
             )
-        for place in over:
-            say(f"worker {place} has done nothing for {bound} ({BOUND}); it is ended")
+        for worker in over:
+            say(f"worker {worker} has done nothing for {bound} ({BOUND}); it is ended")
         on_machines(end, over)
         return over
 
 
-def _process(place: Place) -> psutil.Process:
-    process = psutil.Process(place.pid)
-    if abs(process.create_time() - place.created) > _CLOCK_S:
-        raise psutil.NoSuchProcess(place.pid)
+def _process(worker: WorkerProcess) -> psutil.Process:
+    process = psutil.Process(worker.pid)
+    if abs(process.create_time() - worker.created) > _CLOCK_S:
+        raise psutil.NoSuchProcess(worker.pid)
     return process
 
 

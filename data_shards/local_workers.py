@@ -22,7 +22,7 @@ import cloudpickle
 import psutil
 
 from data_shards import liveness
-from data_shards.liveness import Place, Quiet
+from data_shards.liveness import IdleWatch, WorkerProcess
 from data_shards.local_worker import FAILED, READY, REFUSED
 from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
 
@@ -50,11 +50,11 @@ class LocalWorkers(Generic[Task, Result]):
         self._idle: list[_Process] = []
         self._running: dict[Connection, tuple[_Process, Attempt[Task]]] = {}
         self._deaths_at_start = 0
-        self._quiet: Quiet | None = None
+        self._idle_watch: IdleWatch | None = None
 
     def __enter__(self) -> LocalWorkers[Task, Result]:
         bound_s = liveness.bound_s() if self._watched else None
-        self._quiet = None if bound_s is None else Quiet(bound_s)
+        self._idle_watch = None if bound_s is None else IdleWatch(bound_s)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -124,7 +124,7 @@ class LocalWorkers(Generic[Task, Result]):
         return first_event(
             lambda seconds: wait([*self._running, *self._starting], timeout=seconds),
             self._end_the_stuck,
-            None if self._quiet is None else self._quiet.look_every_s,
+            None if self._idle_watch is None else self._idle_watch.look_every_s,
             lambda: f"{len(self._running)} tasks at work, {len(self._starting)} workers setting themselves up",
             self._end_starting,
             _say,
@@ -135,9 +135,9 @@ class LocalWorkers(Generic[Task, Result]):
             process.end()
 
     def _end_the_stuck(self) -> None:
-        if self._quiet is not None and self._quiet.is_due(now := time.monotonic()):
-            places = [process.place for process, _ in self._running.values()]
-            self._quiet.end_the_stuck(places, now, lambda do, places: [do(place) for place in places], _say)
+        if self._idle_watch is not None and self._idle_watch.is_due(now := time.monotonic()):
+            workers = [process.identity for process, _ in self._running.values()]
+            self._idle_watch.end_the_stuck(workers, now, lambda do, workers: [do(worker) for worker in workers], _say)
 
 
 class _Process:
@@ -157,7 +157,7 @@ class _Process:
         )
         theirs.close()
         created = psutil.Process(self._process.pid).create_time()
-        self.place = Place(socket.gethostname(), "", self._process.pid, created)
+        self.identity = WorkerProcess(socket.gethostname(), "", self._process.pid, created)
 
     def give(self, task: Any) -> None:
         self.send(cloudpickle.dumps(task))
@@ -181,7 +181,7 @@ class _Process:
             code = self._process.wait(timeout=_DYING_S if self._has_hung_up else 0.0)
         except subprocess.TimeoutExpired:
             code = None
-        liveness.end(self.place)
+        liveness.end(self.identity)
         self._process.wait()
         self.pipe.close()
         if code is None:

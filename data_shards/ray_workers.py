@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Generic
 
 from data_shards import lean_imports, liveness, plain_warnings
-from data_shards.liveness import Place, Quiet
+from data_shards.liveness import IdleWatch, WorkerProcess
 from data_shards.ray_session import has_ended, num_cores, one_line, ray_session, within
 from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
 
@@ -68,13 +68,13 @@ class RayWorkers(Generic[Task, Result]):
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, Attempt[Task]]] = {}
         self._deaths_at_start = 0
-        self._places: dict[Any, Place] = {}
+        self._processes: dict[Any, WorkerProcess] = {}
         self._watched = watched
-        self._quiet: Quiet | None = None
+        self._idle_watch: IdleWatch | None = None
 
     def __enter__(self) -> RayWorkers[Task, Result]:
         bound_s = liveness.bound_s() if self._watched else None
-        self._quiet = None if bound_s is None else Quiet(bound_s)
+        self._idle_watch = None if bound_s is None else IdleWatch(bound_s)
         self._session.__enter__()
         return self
 
@@ -137,7 +137,7 @@ class RayWorkers(Generic[Task, Result]):
         actor_class = ray.remote(_Worker).options(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)
         for _ in range(num - len(self._placing) - len(self._starting)):
             actor = actor_class.remote(self._threads)
-            self._placing[actor.place.remote()] = actor
+            self._placing[actor.process.remote()] = actor
 
     def _greet(self, reference: Any) -> str | None:
         """Start the set-up of a worker that has a machine, or add a worker whose set-up has ended. A worker that cannot
@@ -148,7 +148,7 @@ class RayWorkers(Generic[Task, Result]):
         is_placed = reference in self._placing
         actor = (self._placing if is_placed else self._starting).pop(reference)
         try:
-            place = ray.get(reference, timeout=_RESULT_S)
+            process = ray.get(reference, timeout=_RESULT_S)
         except RayTaskError as error:
             reason = f"a worker could not set itself up: {one_line(error.cause)}"
         except RayError as error:
@@ -160,7 +160,7 @@ class RayWorkers(Generic[Task, Result]):
             reason = f"workers die as they start: {one_line(error)}"
         else:
             if is_placed:
-                self._places[actor] = place
+                self._processes[actor] = process
                 self._starting[actor.set_up.remote(self._make_worker)] = actor
             else:
                 self._idle.append(actor)
@@ -203,7 +203,7 @@ class RayWorkers(Generic[Task, Result]):
         return first_event(
             lambda seconds: ray.wait(references, timeout=seconds)[0],
             self._end_the_stuck,
-            None if self._quiet is None else self._quiet.look_every_s,
+            None if self._idle_watch is None else self._idle_watch.look_every_s,
             lambda: (
                 f"{len(self._running)} tasks at work, {len(self._starting)} workers setting themselves up, "
                 f"{len(self._placing)} without a machine"
@@ -223,29 +223,29 @@ class RayWorkers(Generic[Task, Result]):
         too long, so that their tasks go to others."""
         import ray
 
-        if self._quiet is None or not self._quiet.is_due(now := time.monotonic()):
+        if self._idle_watch is None or not self._idle_watch.is_due(now := time.monotonic()):
             return
-        actors = {self._places[actor]: actor for actor, _ in self._running.values()}
-        for place in self._quiet.end_the_stuck(list(actors), now, _on_machines, _say):
-            within(_KILL_S, partial(ray.kill, actors[place]))
+        actors = {self._processes[actor]: actor for actor, _ in self._running.values()}
+        for process in self._idle_watch.end_the_stuck(list(actors), now, _on_machines, _say):
+            within(_KILL_S, partial(ray.kill, actors[process]))
 
     def _needs(self) -> str:
         return f"{self._threads} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
 
 
-def _on_machines(do: Callable[[Place], Any], places: Iterable[Place]) -> list[Any]:
-    """do(place) on each place's machine; None if the machine does not answer."""
+def _on_machines(do: Callable[[WorkerProcess], Any], processes: Iterable[WorkerProcess]) -> list[Any]:
+    """do(process) on each process's machine; None if the machine does not answer."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here, asked = ray.get_runtime_context().get_node_id(), []
-    for place in places:
-        if place.node == here:
-            asked.append(do(place))
+    for process in processes:
+        if process.node == here:
+            asked.append(do(process))
             continue
-        strategy = NodeAffinitySchedulingStrategy(place.node, soft=False)
-        asked.append(ray.remote(do).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(place))
+        strategy = NodeAffinitySchedulingStrategy(process.node, soft=False)
+        asked.append(ray.remote(do).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(process))
     references = [answer for answer in asked if isinstance(answer, ray.ObjectRef)]
     answered = set(ray.wait(references, num_returns=len(references), timeout=_LOOK_S)[0]) if references else set()
 
@@ -268,10 +268,10 @@ class _Worker:
         plain_warnings.begin()
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
 
-    def place(self) -> Place:
+    def process(self) -> WorkerProcess:
         import ray
 
-        return Place.of_this_process(ray.get_runtime_context().get_node_id())
+        return WorkerProcess.of_this_process(ray.get_runtime_context().get_node_id())
 
     def set_up(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         with lean_imports.uncollected():

@@ -31,9 +31,9 @@ from data_shards.ingest.masks import (
     ANNOTATIONS,
     ANNOTATIONS_VERSION,
     annotation_record,
-    placed,
     read_annotations,
     read_wholebody,
+    resampled_to_grid,
 )
 from data_shards.ingest.tool import ask, last_words, run_tool
 from data_shards.ingest.totalsegmentator import to_wholebody_ids
@@ -354,7 +354,7 @@ def _checked(made: Path, case: Case, config: AnnotateConfig) -> Path:
     mask = read_wholebody(made)
     if not mask.voxels_IJK.any():
         raise UnreadableVolume(str(made), "it labels nothing")
-    placed(mask, *header, made)
+    resampled_to_grid(mask, *header, made)
     return made
 
 

@@ -74,7 +74,7 @@ def read_case_mask(
     expert = None
     if case.is_labelled and label_set != "wholebody":
         drawn = _read_experts(case, labelling)
-        expert = placed(drawn, shape, image.affine, case.sources[1])
+        expert = resampled_to_grid(drawn, shape, image.affine, case.sources[1])
     if labelling is not None and labelling.is_own:
         return CaseMask(expert, "none" if expert is None else "expert")
     if label_set in FROM_EXPERTS:
@@ -82,7 +82,7 @@ def read_case_mask(
             expert = replace(expert, voxels_IJK=np.array(FROM_EXPERTS[label_set], np.uint8)[expert.voxels_IJK])
         return CaseMask(expert, "none" if expert is None else "expert")
     file = None if wholebody is None else _wholebody_file(wholebody, case.case_id)
-    whole = None if file is None else placed(read_wholebody(file), shape, image.affine, file)
+    whole = None if file is None else resampled_to_grid(read_wholebody(file), shape, image.affine, file)
     if whole is not None and expert is not None:
         return CaseMask(_laid_over(expert, whole), "merged")
     if expert is not None:
@@ -135,7 +135,7 @@ def read_wholebody(file: Path) -> Volume:
     return volume
 
 
-def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: object) -> Volume:
+def resampled_to_grid(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: object) -> Volume:
     """The mask on the grid (shape, affine): unchanged if it is already on that grid, else by nearest neighbour.
 
     Affines must be invertible. Works plane by plane: besides the result it holds six floats a voxel of one plane.

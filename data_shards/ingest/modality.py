@@ -127,7 +127,7 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
         words = list(statement.values()) if isinstance(statement, dict) else statement
         words = words if isinstance(words, list) else [words]
         for word in words:
-            named = meant(word)
+            named = parse_modalities(word)
             if not named:
                 remedy = (
                     f'write {{"0": "CT"}} or another of {", ".join(_WORDS)}, or state it with --prepare.modality NAME'
@@ -137,7 +137,7 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
     return known, []
 
 
-def meant(word: Any) -> set[str]:
+def parse_modalities(word: Any) -> set[str]:
     """The modalities that a text names: `MRI`, `T2w`, `CT and MR`; none for unknown words. Words that are one name
     together, as `T2 FLAIR`, are not taken apart. T1 after contrast agent is T1ce."""
     if not isinstance(word, str):
@@ -152,9 +152,9 @@ def meant(word: Any) -> set[str]:
     return {"T1ce"} if found == {"T1"} and is_contrast else found
 
 
-def named_by_a_person(where: object, text: str) -> str:
+def parse_modality(where: object, text: str) -> str:
     """The modality that a table's cell names: a known word, or a name of its own. Raises InputProblems."""
-    known = meant(text)
+    known = parse_modalities(text)
     if len(known) == 1:
         return next(iter(known))
     if known or not is_modality(text):

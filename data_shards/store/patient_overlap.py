@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _MOST_NAMED = 3
 
 
-def parted_notes(shards: ShardSet) -> list[str]:
+def overlap_notes(shards: ShardSet) -> list[str]:
     """A line for each pair of sets of which the first trains on patients of the second's validation or test split: the
     same name, or the same source file."""
     if len(shards.members) == 1:

@@ -28,7 +28,7 @@ from data_shards.store.byte_ranges import Filled, Range, ignore
 from data_shards.store.byte_store import ByteStore, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.config import CacheConfig
-from data_shards.store.parted import patients_by_member
+from data_shards.store.patient_overlap import patients_by_member
 from data_shards.store.samples_table import PARTS
 from data_shards.store.set_index import (
     INDEX,
@@ -161,7 +161,7 @@ class ShardSet:
 
     def patients(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The patients of these rows, by name; by case id where the set knows no other name. Of several sets, equal
-        case ids with other source files are different patients: see parted.patients_by_member."""
+        case ids with other source files are different patients: see patient_overlap.patients_by_member."""
         cases = self.samples["case_id"].take(np.asarray(rows, np.int64)).to_pylist()
         if len(self.members) == 1:
             return [self.patient_of.get(case, case) for case in cases]

@@ -15,7 +15,7 @@ from data_shards.documents import checked, parse_json_value, read_bytes, read_js
 from data_shards.ingest.dataset_json import DATASET_FILE, amos_id, words
 from data_shards.ingest.itk_files import is_itk, simpleitk
 from data_shards.ingest.layouts.nnunet import SPLITS_FILE
-from data_shards.ingest.modality import meant
+from data_shards.ingest.modality import parse_modalities
 from data_shards.labels import BACKGROUND, BODY, UNUSED, LabelTable
 from data_shards.problems import Problem, refuse
 
@@ -88,7 +88,7 @@ class RealSet:
         names = list(self.content["channel_names"].values())
         if len(names) > 1:
             yield Problem(where, "channel_names", f"{len(names)} channels", "a synthetic image has one channel")
-        elif str(names[0]).lower() != modality.lower() and modality not in meant(names[0]):
+        elif str(names[0]).lower() != modality.lower() and modality not in parse_modalities(names[0]):
             yield Problem(where, "channel_names", str(names[0]), f"the synthetic images are {modality}")
         if is_cut:
             return

@@ -126,7 +126,7 @@ class RealSlices:
 
     def _read(self, case: str, end: str) -> tuple[Volume, Volume | None]:
         """Image and label on one grid; None for a test case without a label."""
-        from data_shards.ingest.masks import placed
+        from data_shards.ingest.masks import resampled_to_grid
 
         file, label = self.real.image(case), self.real.root / f"labels{end}" / f"{case}{self.real.ending}"
         try:
@@ -134,6 +134,6 @@ class RealSlices:
             if not label.is_file():
                 return image, None
             drawn = read_labels(label, 256, one_slice=True)
-            return image, placed(drawn, image.voxels_IJK.shape, image.affine, label)
+            return image, resampled_to_grid(drawn, image.voxels_IJK.shape, image.affine, label)
         except UnreadableVolume as error:
             raise problem(error.file, "voxels", error.reason, _RESTORE) from error

@@ -2,7 +2,7 @@
 
 A TorchScript file is a program: loading it runs the code in it. So it is used only if the user names it.
 
-FILE.pt, FILE.yaml                                     the network, and beside it what it takes and gives: TorchScriptConfig
+FILE.pt, FILE.yaml                                     the network, and beside it what it takes and gives
 BUNDLE/models/model.ts, BUNDLE/configs/metadata.json   the same of a MONAI bundle; BUNDLE/segdiff.yaml goes before it
 
 Dimensions: B batch, C channels, K classes, H rows, W columns.

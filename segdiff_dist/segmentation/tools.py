@@ -121,7 +121,7 @@ class ToolSegmenter:
         import nibabel as nib
 
         from data_shards.ingest.cases import Case
-        from data_shards.ingest.masks import placed
+        from data_shards.ingest.masks import resampled_to_grid
         from data_shards.ingest.tool import run_tool
         from data_shards.ingest.totalsegmentator import to_wholebody_ids
         from data_shards.ingest.volumes import UnreadableVolume, read_labels
@@ -135,7 +135,7 @@ class ToolSegmenter:
             if self.config.tool == TOTALSEGMENTATOR:
                 to_wholebody_ids(mask, own)
                 mask = own
-            labels = placed(read_labels(mask, _MOST_IDS), volume.voxels_IJK.shape, volume.affine, mask)
+            labels = resampled_to_grid(read_labels(mask, _MOST_IDS), volume.voxels_IJK.shape, volume.affine, mask)
         except (UnreadableVolume, FileNotFoundError) as error:
             raise RuntimeError(f"the label map of {case_id} cannot be used: {error}") from error
         return self.own_of[labels.voxels_IJK]

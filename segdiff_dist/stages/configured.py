@@ -116,14 +116,14 @@ class ConfiguredStage(Stage):
 
     def open_data(self, more: tuple[str, ...] = ()) -> ShardSet:
         """The shard set, or several as one. Warns of patients that one of them trains on and another one holds out."""
-        from data_shards.store.parted import parted_notes
+        from data_shards.store.patient_overlap import overlap_notes
         from data_shards.store.shards import ShardSet
 
         data = self.given("data")
         self._refuse_moved(data)
         shards = ShardSet.open([data, *more], cache=self.experiment.loader.cache)
         if is_main():
-            sys.stderr.writelines(f"warning: {note}\n" for note in parted_notes(shards))
+            sys.stderr.writelines(f"warning: {note}\n" for note in overlap_notes(shards))
         return shards
 
     def _refuse_moved(self, data: str) -> None:

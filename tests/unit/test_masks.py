@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_shards.ingest.cases import Case
-from data_shards.ingest.masks import annotation_record, find_wholebody_problems, placed, read_case_mask
+from data_shards.ingest.masks import annotation_record, find_wholebody_problems, read_case_mask, resampled_to_grid
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_volume
 from data_shards.labels import AMOS, FROM_EXPERTS, LABEL_TABLES, MERGED, WHOLEBODY, LabelTable
 
@@ -141,7 +141,7 @@ def test_a_mask_on_any_grid_gives_the_voxel_nearest_in_its_own_axes(angles, shea
     middle = centres(shape, affine).mean(0)
     mask_affine[:3, 3] = middle - mask_affine[:3, :3] @ (np.array(mask_shape) / 2)
     stored = ids_by_place(centres(mask_shape, mask_affine)).reshape(mask_shape)
-    result = placed(Volume(stored, 1.0, 0.0, mask_affine, ""), shape, affine, Path("m"))
+    result = resampled_to_grid(Volume(stored, 1.0, 0.0, mask_affine, ""), shape, affine, Path("m"))
     points = centres(shape, affine)
     index = np.rint((points - mask_affine[:3, 3]) @ np.linalg.inv(mask_affine[:3, :3]).T).astype(int)
     expected = stored[tuple(index.T)].reshape(shape)
@@ -160,17 +160,17 @@ def test_a_mask_that_covers_too_little_is_refused(num_planes: int, shift_mm: flo
     mask_affine[:3, 3] = (-0.5, -0.5, shift_mm)
     mask = Volume(np.full((24, 20, num_planes), LIVER, np.uint8), 1.0, 0.0, mask_affine, "")
     if cover is None:
-        assert (placed(mask, SHAPE, AFFINE, Path("mask.nii.gz")).voxels_IJK == LIVER).all()
+        assert (resampled_to_grid(mask, SHAPE, AFFINE, Path("mask.nii.gz")).voxels_IJK == LIVER).all()
         return
     with pytest.raises(UnreadableVolume, match=f"holds {cover} % of the image's voxels; at least 95 %") as refusal:
-        placed(mask, SHAPE, AFFINE, Path("mask.nii.gz"))
+        resampled_to_grid(mask, SHAPE, AFFINE, Path("mask.nii.gz"))
     assert refusal.value.file == "mask.nii.gz"
 
 
 def test_what_a_covering_mask_leaves_over_is_background() -> None:
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     mask = Volume(np.full((40, 40, 39), HEART, np.uint8), 1.0, 0.0, affine, "")
-    result = placed(mask, (40, 40, 40), affine, Path("m")).voxels_IJK
+    result = resampled_to_grid(mask, (40, 40, 40), affine, Path("m")).voxels_IJK
     assert (result[:, :, :39] == HEART).all()
     assert (result[:, :, 39] == 0).all()
 
@@ -179,7 +179,7 @@ def test_placing_works_plane_by_plane() -> None:
     shape = (160, 160, 40)
     mask = Volume(np.ones((80, 80, 41), np.uint8), 1.0, 0.0, np.diag([2.0, 2.0, 1.0, 1.0]), "")
     tracemalloc.start()
-    placed(mask, shape, np.eye(4), Path("m"))
+    resampled_to_grid(mask, shape, np.eye(4), Path("m"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # The result, and some floats and integers a voxel of one plane; whole coordinates would be 24 bytes a voxel.

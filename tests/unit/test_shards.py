@@ -19,7 +19,7 @@ from data_shards.problems import InputProblems
 from data_shards.records import SliceMeta
 from data_shards.store.codecs import CODECS, EXTENSIONS, crc32c, decode_into
 from data_shards.store.config import CacheConfig
-from data_shards.store.parted import parted_notes
+from data_shards.store.patient_overlap import overlap_notes
 from data_shards.store.shard_writer import ShardWriter, set_format
 from data_shards.store.shards import ShardSet
 
@@ -121,9 +121,9 @@ def test_patients_that_one_set_trains_on_and_another_holds_out_are_named(tmp_pat
         writer.write(replace(record, meta=replace(record.meta, split="train", **changed)))
     names = ("label_table", "preprocessing")
     writer.finish({name: first.index[name] for name in names})
-    [note] = parted_notes(ShardSet.open([first.path, tmp_path / "b"]))
+    [note] = overlap_notes(ShardSet.open([first.path, tmp_path / "b"]))
     assert note.startswith(f"{tmp_path / 'b'} trains on 2 patients of {first.path}'s val split (amos_0101, amos_0607)")
-    assert parted_notes(ShardSet.open([first.path, write_shapes(tmp_path / "c", slices=1)])) == []
+    assert overlap_notes(ShardSet.open([first.path, write_shapes(tmp_path / "c", slices=1)])) == []
 
 
 def test_cases_of_one_name_in_two_sets_are_one_patient_only_if_they_are_of_one_file(tmp_path: Path) -> None:

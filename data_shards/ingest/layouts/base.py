@@ -119,7 +119,7 @@ def patient_of(case_id: str, pattern: str | None, *usual: str) -> str | None:
     return next((matched[1] for one in patterns if (matched := re.match(one, case_id))), None)
 
 
-def taken(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:
+def with_wanted_modalities(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:
     """Those of the modalities asked for, by case id."""
     return tuple(sorted((one for one in cases if request.takes(one.modality)), key=lambda one: one.case_id))
 

@@ -27,13 +27,13 @@ from data_shards.ingest.layouts.base import (
     no_cases,
     one_file,
     patient_of,
-    taken,
     volumes_in,
+    with_wanted_modalities,
 )
 from data_shards.ingest.layouts.exports import own_modality
 from data_shards.ingest.layouts.paired import paired_by_words
 from data_shards.ingest.layouts.tables import PIXEL_COLUMNS, read_columns, read_table, stated_pixel, stated_split
-from data_shards.ingest.modality import find_modalities, named_by_a_person
+from data_shards.ingest.modality import find_modalities, parse_modality
 from data_shards.ingest.pictures import Pixel, is_picture, picture_stem
 from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem, problem, refuse
@@ -125,7 +125,7 @@ def listing_of(
         )
         for case in cases
     ]
-    chosen = taken(cases, request)
+    chosen = with_wanted_modalities(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
     notes += tuple(_shared_labels(root, chosen))
     return Listing(chosen, tuple(problems), problems_by_case(chosen), names[0], tuple(names[1]), notes)
@@ -290,7 +290,7 @@ def _row_case(manifest: Path, row: dict[str, str], pixel_mm: float | None) -> Ca
         raise problem(manifest, "image", "empty", "name the image's file")
     modality = row.get("modality", "")
     if modality:
-        modality = own_modality(manifest.parent, modality) or named_by_a_person(manifest, modality)
+        modality = own_modality(manifest.parent, modality) or parse_modality(manifest, modality)
     split = stated_split(manifest, row["split"]) if row.get("split") else ""
     name = row.get("case") or _case_name(_any_stem(image.name) or image.name)
     label = _path(manifest, "label", row.get("label", ""))

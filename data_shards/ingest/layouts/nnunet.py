@@ -27,8 +27,8 @@ from data_shards.ingest.layouts.base import (
     no_cases,
     one_file,
     patient_of,
-    taken,
     volumes_in,
+    with_wanted_modalities,
 )
 from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
 from data_shards.ingest.layouts.exports import own_items, own_modality, own_patients, own_pixel
@@ -110,7 +110,7 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
         )
         for one in cases
     ]
-    chosen = taken(cases, request)
+    chosen = with_wanted_modalities(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
     return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=(*notes, *fold.notes))
 

@@ -17,8 +17,8 @@ from data_shards.ingest.layouts.base import (
     no_cases,
     one_file,
     patient_of,
-    taken,
     volumes_in,
+    with_wanted_modalities,
 )
 from data_shards.ingest.layouts.tables import read_table, stated_split
 from data_shards.problems import InputProblems, Problem
@@ -66,7 +66,7 @@ class TotalSegmentator(Layout):
             )
             for folder, image in images.items()
         ]
-        chosen = taken(cases, request)
+        chosen = with_wanted_modalities(cases, request)
         problems += [] if problems else no_cases(root, request, chosen)
         notes = (*_lacking_organs(chosen, names), *_without_folder(split_of, {folder.name for folder in images}))
         return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=notes, has_ids=False)
