@@ -18,7 +18,7 @@ from data_shards.progress import QUIET
 from segdiff_dist import stages, surroundings
 from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.ranks.distributed import is_main, launcher_problems, leave_launcher
-from segdiff_dist.stages.fit import FORCE, unless_forced
+from segdiff_dist.stages.resources import FORCE, unless_forced
 
 COMPLETION = "--tyro-print-completion"
 

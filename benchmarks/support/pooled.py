@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary, row_columns
 from segdiff_dist.evaluation.measure.rows import PATIENT
-from segdiff_dist.evaluation.measure.saved import read_rows, read_summary, row_columns
 from segdiff_dist.evaluation.measure.summary import Evaluated, summarise
 from segdiff_dist.evaluation.measure.worker import ChunkResult
 from segdiff_dist.evaluation.metrics.columns import SIDES, column_names

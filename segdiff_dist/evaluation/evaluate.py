@@ -9,8 +9,8 @@ from typing import Any
 from data_shards.problems import explain_full_disk
 from segdiff_dist.evaluation.measure.checks import Checked
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.job import FOLDER, at_work, measure
-from segdiff_dist.evaluation.measure.published import finish
+from segdiff_dist.evaluation.measure.job import FOLDER, evaluation_lock, measure
+from segdiff_dist.evaluation.measure.publishing import finish
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def draw(
     from segdiff_dist.evaluation.report.run_paper import write_paper
 
     made = []
-    with at_work(Path(run)), explain_full_disk(Path(run) / FOLDER):
+    with evaluation_lock(Path(run)), explain_full_disk(Path(run) / FOLDER):
         finish(Path(run) / FOLDER)
         if set(formats) - {HTML}:
             made.append(write_paper(Path(run), formats, amos_root=amos_root, progress=progress))

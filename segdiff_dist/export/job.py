@@ -51,7 +51,7 @@ def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
     `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
     """
     job = check_samples(run, out, config)
-    with at_work(out):
+    with export_lock(out):
         return job.write()
 
 
@@ -99,7 +99,7 @@ class SamplesExport:
         return each * len(self.samples)
 
     def write(self) -> int:
-        """Write the folder, under the lock of `at_work`; returns the number of images."""
+        """Write the folder, under the lock of `export_lock`; returns the number of images."""
         from data_shards.progress import progress_bar
 
         out = self.out
@@ -161,7 +161,7 @@ def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
 def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
     """Write the model in `weights` as a pipeline folder: see segdiff_dist.pipeline. Errors as of export_samples."""
     job = check_model(weights, out, diffusion, sampler)
-    with at_work(out):
+    with export_lock(out):
         job.write()
 
 
@@ -179,7 +179,7 @@ class ModelExport:
     lines: tuple[str, ...] = ()
 
     def write(self) -> None:
-        """Write the folder, under the lock of `at_work`."""
+        """Write the folder, under the lock of `export_lock`."""
         from segdiff_dist.pipeline import write_bundle, write_pipeline
 
         out, write = self.out, write_bundle if self.is_bundle else write_pipeline
@@ -202,7 +202,7 @@ def check_model(
     return ModelExport(weights, out, diffusion, sampler, needed, extras or Extras())
 
 
-def at_work(out: Path) -> AbstractContextManager[None]:
+def export_lock(out: Path) -> AbstractContextManager[None]:
     """While this process makes `out`, others are refused: data_shards.locks."""
     return locked(lock_beside(out), out, "is exporting to it")
 

@@ -18,7 +18,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.experiment import CONFIG_FILE, load_experiment
 from segdiff_dist.export.model_set import ModelSet, refuse_other_set
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
-from segdiff_dist.painting.places import STARTER, kind_of_folder, model_folder
+from segdiff_dist.painting.model_source import STARTER, kind_of_folder, model_folder
 from segdiff_dist.pipeline import SegGuidedPipeline, description_of, net_of
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.ranks.precision import Precision, settled

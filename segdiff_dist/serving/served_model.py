@@ -24,10 +24,14 @@ from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.painting.job import PaintJob, PaintSettings, PaintSlices, check_paint
 from segdiff_dist.painting.masks import MaskFile, open_mask
 from segdiff_dist.painting.model import Model, open_model
-from segdiff_dist.painting.places import model_folder
+from segdiff_dist.painting.model_source import model_folder
 from segdiff_dist.pipeline import SEGMENTER, SliceKey
 from segdiff_dist.segmentation.segmenter import Segmenter
-from segdiff_dist.serving.answers import (
+from segdiff_dist.serving.batching import Batcher, SliceJob
+from segdiff_dist.serving.config import ServeConfig
+from segdiff_dist.serving.examples import example_masks
+from segdiff_dist.serving.messages import Event, MaskUpload, PaintRequest, ServiceError, as_service_error
+from segdiff_dist.serving.responses import (
     Segmented,
     file_of,
     is_one_plane,
@@ -36,10 +40,6 @@ from segdiff_dist.serving.answers import (
     segment_and_score,
     text_of,
 )
-from segdiff_dist.serving.batching import Batcher, SliceJob
-from segdiff_dist.serving.config import ServeConfig
-from segdiff_dist.serving.examples import example_masks
-from segdiff_dist.serving.messages import Event, MaskUpload, PaintRequest, ServiceError, as_service_error
 from segdiff_dist.serving.uploads import check_size, stored
 from segdiff_dist.weight_files import DESCRIPTION
 

@@ -25,8 +25,8 @@ import tyro
 
 from data_shards.problems import Problem, refuse
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import announce, disk_problems, unless_forced
 from segdiff_dist.stages.flags import parse_flags
+from segdiff_dist.stages.resources import announce, disk_problems, unless_forced
 
 if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker

@@ -22,7 +22,7 @@ from segdiff_dist.shipped import find_config, shipped_names
 from segdiff_dist.stages.base import command
 from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.stages.cost import duration, size
-from segdiff_dist.stages.fit import free_bytes, unless_forced
+from segdiff_dist.stages.resources import free_bytes, unless_forced
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:

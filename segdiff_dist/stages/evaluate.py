@@ -147,7 +147,7 @@ class EvaluatePlan(Plan):
 
     def _memorisation_notes(self) -> list[str]:
         """What the search for training images compares, and how long CPUs take for it."""
-        from segdiff_dist.evaluation.measure.job import memorisation_cost
+        from segdiff_dist.evaluation.measure.memorisation import memorisation_cost
 
         config = self.stage.evaluate
         cost = None if self.checked is None else memorisation_cost(self.run_folder, config, self.checked.subject)
@@ -158,11 +158,11 @@ class EvaluatePlan(Plan):
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of RUN/evaluation."""
-        from segdiff_dist.evaluation.measure.job import at_work
+        from segdiff_dist.evaluation.measure.job import evaluation_lock
 
         if self.images is not None:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-        return at_work(self.run_folder, lends=True)
+        return evaluation_lock(self.run_folder, lends=True)
 
     def tracker(self) -> Tracker:
         """The tracker of the run folder."""

@@ -90,9 +90,9 @@ class ExportPlan(Plan):
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new folder."""
-        from segdiff_dist.export.job import at_work
+        from segdiff_dist.export.job import export_lock
 
-        return at_work(self.job.out)
+        return export_lock(self.job.out)
 
     def run(self, tracker: Tracker) -> Result:
         """Write beside the new folder, then rename."""

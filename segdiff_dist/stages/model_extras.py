@@ -49,7 +49,7 @@ def extras_of(run: Path, weights: Path, config: ExportConfig, data: str | None) 
 
 def _measured(run: Path, weights: Path) -> str | None:
     """The section of RUN/evaluation, if it is of these weights."""
-    from segdiff_dist.evaluation.measure.saved import read_summary
+    from segdiff_dist.evaluation.measure.result_files import read_summary
     from segdiff_dist.evaluation.report.card_section import card_section
     from segdiff_dist.sampling.weights import weights_digest
 

@@ -179,7 +179,7 @@ class ExamplePlan(Plan):
         """Copy the mask of the package."""
         import shutil
 
-        from segdiff_dist.painting.places import EXAMPLE_MASK
+        from segdiff_dist.painting.model_source import EXAMPLE_MASK
 
         shutil.copyfile(EXAMPLE_MASK, self.file)
         image = self.file.with_name(f"{self.file.stem}_ct.png")

@@ -17,7 +17,7 @@ from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import bytes_in, disk_problems
+from segdiff_dist.stages.resources import bytes_in, disk_problems
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.store import bytes_of_record
 

@@ -75,7 +75,7 @@ class ReportPlan(Plan):
 
     def _draw_one(self) -> list[Path]:
         from segdiff_dist.evaluation.evaluate import draw
-        from segdiff_dist.evaluation.measure.saved import drawing
+        from segdiff_dist.evaluation.measure.result_files import drawing
 
         [run] = self.runs
         amos_root = self.stage.experiment.amos_root or run.settings.get("amos_root")
@@ -84,7 +84,7 @@ class ReportPlan(Plan):
             return draw(run.folder, amos_root=archive, formats=self.stage.formats)
 
     def _draw_several(self) -> list[Path]:
-        from segdiff_dist.evaluation.measure.saved import drawing
+        from segdiff_dist.evaluation.measure.result_files import drawing
         from segdiff_dist.evaluation.report.comparison_page import COMPARISON, write_comparison
         from segdiff_dist.evaluation.report.comparison_paper import write_comparison_paper
         from segdiff_dist.evaluation.report.paper import HTML

@@ -24,7 +24,7 @@ from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, WorkFailed, problem, refuse
 from data_shards.wording import in_words
 from segdiff_dist.config import as_dict, to_yaml
-from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.result_files import read_summary
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits

@@ -99,7 +99,7 @@ class ServePlan(Plan):
 
 def _look(where: str | None) -> None:
     """Refuse what is no model. Its weights are read by its process."""
-    from segdiff_dist.painting.places import kind_of_folder, model_folder
+    from segdiff_dist.painting.model_source import kind_of_folder, model_folder
 
     kind_of_folder(model_folder(where))
 

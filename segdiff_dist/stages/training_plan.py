@@ -34,7 +34,7 @@ from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import bytes_in, disk_problems, unless_forced
+from segdiff_dist.stages.resources import bytes_in, disk_problems, unless_forced
 from segdiff_dist.stages.training_setup import TrainingSetup
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.store import bytes_of_record

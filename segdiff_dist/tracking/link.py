@@ -19,7 +19,7 @@ from typing import Any
 
 from data_shards.files import write_atomic
 from data_shards.problems import InputProblems, Problem, problem, refuse
-from segdiff_dist.tracking.inside import odd_entry, open_plain
+from segdiff_dist.tracking.path_checks import odd_entry, open_plain
 from segdiff_dist.tracking.signing import is_signed, signed
 from segdiff_dist.tracking.store import STORE_FILES, is_own, make_own, odd_files, store_of, why_not_beside
 

@@ -2,7 +2,7 @@
 
 The store is sqlite beside the folder or in it (store.py) unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json
 (link.py) remembers store and run, so that every stage adds to the same one. The spool's paths are followed only inside
-the folder (inside.py). Artifacts are put beside the database, whatever place the database names.
+the folder (path_checks.py). Artifacts are put beside the database, whatever place the database names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from data_shards.files import first_line
 from data_shards.locks import short_turn
 from data_shards.problems import InputProblems, problem
 from segdiff_dist.tracking import descriptions
-from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
 from segdiff_dist.tracking.link import LINK, REFUSED, SPOOL, new_token, read_link, write_link
 from segdiff_dist.tracking.model_registry import NO_REGISTRY, register
+from segdiff_dist.tracking.path_checks import odd_entry, open_plain, why_not_inside, why_not_plain
 from segdiff_dist.tracking.records import why_not_sent
 from segdiff_dist.tracking.spool import Record
 from segdiff_dist.tracking.store import ARTIFACTS, DATABASE, MARK, local_uri, make_own, store_of, why_not_beside

@@ -7,7 +7,7 @@ import posixpath
 import re
 from typing import Any
 
-from segdiff_dist.tracking.inside import why_not_plain
+from segdiff_dist.tracking.path_checks import why_not_plain
 
 # MLflow refuses '/' and ':' in a model's name; the name is also a folder's name, and is quoted in a search.
 MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")

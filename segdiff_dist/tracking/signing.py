@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segdiff_dist.tracking.inside import open_plain
+from segdiff_dist.tracking.path_checks import open_plain
 
 _KEY_BYTES = 32
 # A key that another process is just writing.

@@ -21,7 +21,7 @@ from typing import Any
 
 from data_shards.files import write_atomic
 from data_shards.problems import explain_full_disk
-from segdiff_dist.tracking.inside import open_plain
+from segdiff_dist.tracking.path_checks import open_plain
 
 Record = dict[str, Any]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_shards.files import write_atomic
 from segdiff_dist.tracking.config import TrackingConfig
-from segdiff_dist.tracking.inside import odd_entry, open_plain
+from segdiff_dist.tracking.path_checks import odd_entry, open_plain
 from segdiff_dist.tracking.signing import is_signed, signed
 
 DATABASE, ARTIFACTS, MARK = "mlflow.db", "mlartifacts", ".mlflow_store.json"

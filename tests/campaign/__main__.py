@@ -109,7 +109,8 @@ def mutate(names: list[str], number: int, seed: int, end: float, out: Path) -> b
 
 _LIBRARIES = (
     "pandas", "zarr", "data_shards.store.inspect", "segdiff_dist.denoising.denoiser",
-    "segdiff_dist.evaluation.measure.saved", "segdiff_dist.segmentation.segmenter", "segdiff_dist.training.checkpoint",
+    "segdiff_dist.evaluation.measure.result_files", "segdiff_dist.segmentation.segmenter",
+    "segdiff_dist.training.checkpoint",
 )  # fmt: skip
 
 

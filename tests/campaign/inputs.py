@@ -347,7 +347,7 @@ def read_samples(folder: Path) -> str:
 
 def read_evaluation(folder: Path) -> str:
     """The figures that a report is drawn from."""
-    from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+    from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary
 
     run = folder / "run"
     return digest([read_summary(run), read_rows(run, ["row", "case_id", "dice_mask_gen"]).to_pylist()])

@@ -26,9 +26,10 @@ from segdiff_dist.cli import main
 from segdiff_dist.evaluation.evaluate import evaluate
 from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.job import EvaluationFailed, in_order, measure
-from segdiff_dist.evaluation.measure.kept import Kept
-from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+from segdiff_dist.evaluation.measure.job import measure
+from segdiff_dist.evaluation.measure.partial_results import PartialResults
+from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary
+from segdiff_dist.evaluation.measure.task_runner import EvaluationFailed, TaskRunner
 from segdiff_dist.evaluation.measure.worker import Chunk, ChunkResult
 from segdiff_dist.evaluation.metrics import inception, perceptual
 
@@ -290,10 +291,10 @@ def test_after_a_failure_no_more_is_measured(tmp_path: Path) -> None:
     chunks = [Chunk(start, start + 1) for start in range(60)]
     with Workers(stumbling(tmp_path, 4), num_workers=2) as workers:
         with pytest.raises(EvaluationFailed, match=r"measured: items 4 to 4: ValueError: slice 4 cannot be read$"):
-            list(in_order(workers, chunks))
+            list(TaskRunner(workers).in_order(chunks))
         assert len(list(tmp_path.iterdir())) < 30
         # The workers are free for what comes next.
-        assert [task.start for task, _ in in_order(workers, chunks[10:14])] == [10, 11, 12, 13]
+        assert [task.start for task, _ in TaskRunner(workers).in_order(chunks[10:14])] == [10, 11, 12, 13]
 
 
 @pytest.mark.usefixtures("ray")
@@ -359,10 +360,10 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_bytes(
 
 def test_what_is_kept_depends_on_what_it_was_made_from(tmp_path: Path) -> None:
     task, result = Chunk(0, 2), ChunkResult({"ssim": np.array([0.1, np.nan])}, {("segmenter", "gen"): np.eye(2)})
-    first = Kept(tmp_path, {"segmenter": "a"})
+    first = PartialResults(tmp_path, {"segmenter": "a"})
     first.predictions.mkdir()
     first.write(task, result)
-    again = Kept(tmp_path, {"segmenter": "a"})
+    again = PartialResults(tmp_path, {"segmenter": "a"})
     assert task in again
     assert Chunk(0, 3) not in again
     read = again.read(task)
@@ -370,7 +371,7 @@ def test_what_is_kept_depends_on_what_it_was_made_from(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.features["segmenter", "gen"], np.eye(2))
     file = next(again.path.glob("Chunk-*"))
     file.write_bytes(file.read_bytes()[:-20])  # damaged
-    assert task not in Kept(tmp_path, {"segmenter": "a"})
-    other = Kept(tmp_path, {"segmenter": "b"})
+    assert task not in PartialResults(tmp_path, {"segmenter": "a"})
+    other = PartialResults(tmp_path, {"segmenter": "b"})
     assert not first.path.exists()
     assert other.path.exists()

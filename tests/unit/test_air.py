@@ -9,7 +9,7 @@ import pytest
 from evaluation_support import evaluate_here
 
 from data_shards.labels import AMOS, LabelTable
-from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary
 from segdiff_dist.evaluation.metrics.air import AIR_METRICS, air, lattice_message, measure
 from segdiff_dist.evaluation.report.tables import air_table
 

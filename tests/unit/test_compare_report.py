@@ -16,7 +16,7 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
-from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.comparison import best_of, disagreements, names_of, open_runs, shared_masks
 from segdiff_dist.evaluation.report.comparison_page import write_comparison

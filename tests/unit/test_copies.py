@@ -83,7 +83,7 @@ def search(
     """As evaluation searches, the training set in two parts."""
     sides = {"gen": np.stack(planted).clip(0, 255).round().astype(np.uint8), "real": np.stack(unseen)}
     file = folder / "queries.npz"
-    np.savez(file, **{f"pixels_{side}": trust.small(images) for side, images in sides.items()})
+    np.savez(file, **{f"pixels_{side}": trust.downscaled(images) for side, images in sides.items()})
     evaluator: Any = SimpleNamespace(
         store=SimpleNamespace(image=sides["real"]),
         shards=SimpleNamespace(read=lambda row: SimpleNamespace(image_uint8=lambda: training[row])),

@@ -18,7 +18,7 @@ from sampling_support import QUICK, write_weights
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import export_model
-from segdiff_dist.painting.places import STARTER
+from segdiff_dist.painting.model_source import STARTER
 from segdiff_dist.pipeline import SegGuidedPipeline
 from segdiff_dist.pipeline.for_diffusers import SegGuidedDiffusionPipeline
 

@@ -176,7 +176,7 @@ def test_while_the_command_is_being_imported_too() -> None:
         "import signal, sys, types\n"
         "class Ended(types.ModuleType):\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'segdiff_dist.stages.fit': signal.raise_signal(signal.SIGTERM)\n"
+        "        if name == 'segdiff_dist.stages.resources': signal.raise_signal(signal.SIGTERM)\n"
         "sys.meta_path.insert(0, Ended('ended'))\n"
         "from segdiff_dist.program import run; raise SystemExit(run(['--version']))"
     )

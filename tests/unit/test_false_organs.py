@@ -10,7 +10,7 @@ import pytest
 from evaluation_support import Page, evaluate_here
 
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.result_files import read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, mark_unreliable, segmenter_messages
 from segdiff_dist.evaluation.measure.summary import scalars
 from segdiff_dist.evaluation.measure.summary_text import (

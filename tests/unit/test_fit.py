@@ -14,7 +14,7 @@ from data_shards.host_memory import HostMemory, cpu_quota
 from data_shards.workers import WorkersConfig
 from segdiff_dist.cli import main
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import FORCE, announce, disk_problems, plan_line
+from segdiff_dist.stages.resources import FORCE, announce, disk_problems, plan_line
 
 GIB = 2**30
 

@@ -16,9 +16,9 @@ from data_shards.problems import InputProblems
 from segdiff_dist import cli
 from segdiff_dist.evaluation.report.tracked import tracked_run
 from segdiff_dist.tracking.config import TrackingConfig
-from segdiff_dist.tracking.inside import why_not_inside
 from segdiff_dist.tracking.link import is_foreign
 from segdiff_dist.tracking.mlflow_run import tracking_uri
+from segdiff_dist.tracking.path_checks import why_not_inside
 from segdiff_dist.tracking.spool import Spool, num_waiting
 from segdiff_dist.tracking.tracker import SPOOL, Tracker, send_spool
 

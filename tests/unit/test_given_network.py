@@ -15,7 +15,7 @@ from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.checks import cannot_extract, unreadable
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.result_files import read_summary
 from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, Distributions, Group
 from segdiff_dist.evaluation.metrics.given_network import described, load_network
 from segdiff_dist.segmentation.monai_parts import resnet50

@@ -12,7 +12,7 @@ from mlflow.utils.validation import path_not_unique, validate_param_and_metric_n
 from data_shards.labels import LabelTable, shown_name
 from data_shards.store.contact_sheet import draw_text
 from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
-from segdiff_dist.evaluation.report import comparison_figures, look, number_figures
+from segdiff_dist.evaluation.report import comparison_figures, figure_style, number_figures
 from segdiff_dist.evaluation.report.page import render
 from segdiff_dist.tracking.records import metric_key
 
@@ -54,10 +54,10 @@ def good() -> dict:
 
 @pytest.mark.parametrize("draw", [number_figures.dice_by_organ, lambda s: number_figures.intensity_by_organ(s, "CT")])
 def test_figures_by_organ(draw):
-    with look.styled():
+    with figure_style.styled():
         drawn = draw(summary())
         assert drawn is not None
-        look.save(drawn[0], file := io.BytesIO())
+        figure_style.save(drawn[0], file := io.BytesIO())
     assert file.getvalue().startswith(b"\x89PNG")
 
 
@@ -65,15 +65,15 @@ def test_figures_by_organ(draw):
 def test_legend_and_runs_names():
     names = [name for name in NAMES if len(name) <= 100 and name.isprintable()]
     table = LabelTable("odd", ("background", *names))
-    with look.styled():
-        canvas, axes = look.tiles(1, 1, ("mask",))
-        look.show_labels(axes[0][0], np.arange(len(table.names), dtype=np.uint8)[None], table)
-        look.legend(canvas, table, [np.arange(len(table.names), dtype=np.uint8)])
-        look.save(canvas, io.BytesIO())
+    with figure_style.styled():
+        canvas, axes = figure_style.tiles(1, 1, ("mask",))
+        figure_style.show_labels(axes[0][0], np.arange(len(table.names), dtype=np.uint8)[None], table)
+        figure_style.legend(canvas, table, [np.arange(len(table.names), dtype=np.uint8)])
+        figure_style.save(canvas, io.BytesIO())
         metrics = {"All": [{"dice_mask_gen": {"value": 0.5, "ci95": None}}] * 2}
         drawn = comparison_figures.metrics_of_runs([r"$\frac{x$", "$_$"], metrics, ["dice_mask_gen"])
         assert drawn is not None
-        look.save(drawn[0], io.BytesIO())
+        figure_style.save(drawn[0], io.BytesIO())
 
 
 def test_the_page_shows_text_and_runs_nothing():

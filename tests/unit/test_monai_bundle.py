@@ -16,7 +16,7 @@ from segdiff_dist import paint
 from segdiff_dist.cli import main
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import export_model
-from segdiff_dist.painting.places import EXAMPLE_MASK
+from segdiff_dist.painting.model_source import EXAMPLE_MASK
 from segdiff_dist.pipeline import SegGuidedPipeline
 
 # The required keys of MONAI's schema meta_schema_20240725.json.

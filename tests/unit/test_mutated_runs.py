@@ -20,7 +20,7 @@ from tests_support import write_shapes
 from data_shards.problems import InputProblems
 from data_shards.store.codecs import crc32c
 from data_shards.store.shards import ShardSet
-from segdiff_dist.evaluation.measure.saved import drawing, read_downstream, read_figures, read_rows, read_summary
+from segdiff_dist.evaluation.measure.result_files import drawing, read_downstream, read_figures, read_rows, read_summary
 from segdiff_dist.evaluation.report.comparison import open_runs
 from segdiff_dist.evaluation.report.page import write_report
 from segdiff_dist.evaluation.report.pictures import Pictures

@@ -21,6 +21,7 @@ from data_shards.problems import OutOfSpace
 from segdiff_dist import cli
 from segdiff_dist.evaluation.evaluate import draw
 from segdiff_dist.evaluation.measure import job as evaluation
+from segdiff_dist.evaluation.measure.task_runner import EvaluationFailed
 from segdiff_dist.export import job as exporting
 from segdiff_dist.export.config import ExportConfig
 
@@ -178,7 +179,7 @@ def test_a_full_disk_while_samples_are_measured(
     def full(inputs: Any, pool: Any, config: Any, subject: Any, rows: Path, *_: Any) -> Any:
         rows.write_text("half")
         inputs.predictions.mkdir()
-        raise evaluation.EvaluationFailed(f"could not be measured: items 0 to 9: OSError: {NO_SPACE}")
+        raise EvaluationFailed(f"could not be measured: items 0 to 9: OSError: {NO_SPACE}")
 
     before = bytes_of(run / "evaluation")
     monkeypatch.setattr(evaluation, "measure_items", full)

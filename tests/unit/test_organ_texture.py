@@ -9,7 +9,7 @@ import pytest
 from evaluation_support import evaluate_here
 
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+from segdiff_dist.evaluation.measure.result_files import read_rows, read_summary
 from segdiff_dist.evaluation.metrics import overlaps
 from segdiff_dist.evaluation.metrics.organ_texture import (
     FEWEST_PIXELS_CORRELATED,

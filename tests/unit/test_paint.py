@@ -30,7 +30,7 @@ from segdiff_dist.export.job import check_model
 from segdiff_dist.painting.api import Model
 from segdiff_dist.painting.job import out_problems
 from segdiff_dist.painting.masks import open_mask
-from segdiff_dist.painting.places import model_folder
+from segdiff_dist.painting.model_source import model_folder
 from segdiff_dist.pipeline import CardParts, Extras, SegGuidedPipeline
 
 LIVER, SPLEEN, BODY = (AMOS.names.index(name) for name in ("liver", "spleen", "body"))

@@ -17,12 +17,12 @@ from evaluation_support import Page, evaluate_here
 
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems
-from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.result_files import read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import weakness
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.comparison import Disagreement, disagreements, open_runs
 from segdiff_dist.evaluation.report.differences import Images, difference, difference_tables, sentences
-from segdiff_dist.evaluation.report.look import Figure, legend, save, show_labels, tiles
+from segdiff_dist.evaluation.report.figure_style import Figure, legend, save, show_labels, tiles
 from segdiff_dist.evaluation.report.page import render
 from segdiff_dist.evaluation.report.paper import Paper, bound, csv_text, latex_escaped, latex_text
 from segdiff_dist.evaluation.report.tables import Cell, Row, Table, run_tables

@@ -16,8 +16,8 @@ from evaluation_support import evaluate_here
 
 from data_shards.problems import InputProblems
 from data_shards.store.set_index import file_sha256
-from segdiff_dist.evaluation.measure.published import PREDICTIONS, SAMPLES, SUMMARY, finish, publish
-from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
+from segdiff_dist.evaluation.measure.publishing import PREDICTIONS, SAMPLES, SUMMARY, finish, publish
+from segdiff_dist.evaluation.measure.result_files import open_predictions, read_rows, read_summary
 from segdiff_dist.evaluation.report.comparison import open_runs
 
 

@@ -16,7 +16,7 @@ from evaluation_support import Page, is_self_contained
 
 from data_shards.labels import AMOS
 from segdiff_dist.evaluation.measure.summary import Evaluated, scalars, summarise
-from segdiff_dist.evaluation.measure.trust import Spread, not_made
+from segdiff_dist.evaluation.measure.trust import Spread, not_searched
 from segdiff_dist.evaluation.measure.worker import ChunkResult
 from segdiff_dist.evaluation.metrics.columns import column_names
 from segdiff_dist.evaluation.metrics.distances import fewest_samples
@@ -264,7 +264,10 @@ class TestReport:
     def test_trust_that_could_not_be_measured_is_not_called_passed(self, run):
         file = run / "evaluation" / "summary.json"
         summary = json.loads(file.read_text())
-        summary["trust"] = {"leakage": LEAKED, "memorisation": not_made("the shard set has no <train> split")}
+        summary["trust"] = {
+            "leakage": LEAKED,
+            "memorisation": not_searched("the shard set has no <train> split"),
+        }
         file.write_text(json.dumps(summary))
         text = Page(write_report(run).read_text()).text
         assert "The check could not be made: the shard set has no <train> split. Not passed." in text

@@ -33,7 +33,7 @@ SHARED = {
     "training_plan",
     "training_setup",
     "cost",
-    "fit",
+    "resources",
     "model_extras",
 }
 SHARED |= {"budgeted", "chain"}

@@ -199,7 +199,7 @@ def test_ctrl_c_is_one_line_also_while_the_command_is_being_imported() -> None:
         "import sys, types\n"
         "class Interrupted(types.ModuleType):\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'segdiff_dist.stages.fit': raise KeyboardInterrupt\n"
+        "        if name == 'segdiff_dist.stages.resources': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Interrupted('interrupted'))\n"
         "from segdiff_dist.program import run; raise SystemExit(run(['--version']))"
     )

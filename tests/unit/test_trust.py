@@ -16,7 +16,7 @@ from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.job import memorisation_cost, searched
+from segdiff_dist.evaluation.measure.memorisation import memorisation_cost, memorisation_search
 from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.worker import Evaluator, Inputs
 from segdiff_dist.sampling.store import SampleStore
@@ -68,7 +68,7 @@ def checked(evaluator: Evaluator, folder: Path, most: float) -> dict[str, Any]:
     np.savez(folder / "queries.npz", **{"_".join(key): values for key, values in asked.items()})
     train = shards.select(split="train").tolist()
     parts = [trust.NearestInTraining(folder / "queries.npz", tuple(train[i::3])).run(evaluator) for i in (2, 0, 1)]
-    return trust.memorisation(ids, items, shards, trust.closer(parts), most=most, unseen=unseen)
+    return trust.memorisation(ids, items, shards, trust.nearest_over_parts(parts), most=most, unseen=unseen)
 
 
 def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
@@ -119,7 +119,7 @@ def test_what_images_are_held_against_was_not_trained_on(tmp_path: Path, shapes:
     everything = ShardSet.open(write_shapes(tmp_path / "set", num_patients=1, slices=2, held_out=0))
     rows = everything.select(split="train")
     assert trust.unseen_rows(rows, everything, seed=0) == []
-    assert "no slice to compare with" in (trust.why_not([0], rows.tolist(), []) or "")
+    assert "no slice to compare with" in (trust.why_not_checked([0], rows.tolist(), []) or "")
 
 
 def test_a_copy_is_found_beside_unseen_images_that_have_a_twin_in_training(shapes: Path):
@@ -185,7 +185,7 @@ def test_the_search_is_bounded_and_its_time_is_reported(tmp_path: Path, shapes: 
     store = evaluator_of(tmp_path, shapes, items_of(shards, rows), noisy(shards, rows, 0)).store
     subject = Subject(store, shards)
     config = EvaluateConfig(memorisation=True, memorisation_images=5)
-    ids, training, unseen = searched(config, subject, shards)
+    ids, training, unseen = memorisation_search(config, subject, shards)
     assert (len(ids), len(unseen)) == (5, 5)
     assert training == shards.select(split="train", labelled_only=False).tolist()
     cost = memorisation_cost(tmp_path, config, subject)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_shards.ray_session import SCRATCH
-from segdiff_dist.serving.answers import nifti_gz
+from segdiff_dist.serving.responses import nifti_gz
 from segdiff_dist.serving.uploads import stored
 
 

@@ -287,7 +287,7 @@ def _pooled(images_NHW: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _fine(images_NSS: torch.Tensor) -> torch.Tensor:
-    """Images as 32x32, as trust.small makes them; smaller ones are interpolated."""
+    """Images as 32x32, as trust.downscaled makes them; smaller ones are interpolated."""
     from torch.nn.functional import interpolate
 
     pooled_NSS = _pooled(images_NSS, _FINE_SIDE)
@@ -297,7 +297,7 @@ def _fine(images_NSS: torch.Tensor) -> torch.Tensor:
 
 
 def _squares(flat_QD: np.ndarray) -> torch.Tensor:
-    """Means of trust.small as images again, [Q, 32, 32], in grey values."""
+    """Means of trust.downscaled as images again, [Q, 32, 32], in grey values."""
     import torch
 
     side = round(flat_QD.shape[1] ** 0.5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,28 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.fan_out import TaskFailure, Workers
+from data_shards.fan_out import Workers
 from data_shards.feed.order import sample_at
 from data_shards.files import remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import WorkFailed, explain_full_disk, removed_on_failure
+from data_shards.problems import explain_full_disk, removed_on_failure
 from data_shards.store.set_index import file_sha256
 from data_shards.store.shards import ShardSet
 from data_shards.workers import WorkerPool
-from segdiff_dist.config import read_yaml
-from segdiff_dist.evaluation.measure import copies, trust
+from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.checks import Checked, check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
-from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_digest
+from segdiff_dist.evaluation.measure.memorisation import measure_memorisation
+from segdiff_dist.evaluation.measure.partial_results import PartialResults, code_digest, samples_digest
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
-from segdiff_dist.evaluation.measure.published import finish, publish
-from segdiff_dist.evaluation.measure.reals import RealSlices
+from segdiff_dist.evaluation.measure.publishing import finish, publish
+from segdiff_dist.evaluation.measure.real_slices import RealSlices
 from segdiff_dist.evaluation.measure.rows import RowWriter, with_patients
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
 from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
-from segdiff_dist.evaluation.measure.tool_labels import LabelVolume, volume_tasks
+from segdiff_dist.evaluation.measure.task_runner import ITEMS_A_TASK, TaskRunner, split_up
+from segdiff_dist.evaluation.measure.tool_labels import volume_tasks
 from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
@@ -50,13 +51,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER = "evaluation"
-# Items of a task: enough that Ray's overhead does not matter, few enough that the progress bar moves.
-_ITEMS_A_TASK = 64
-_TRAINING_SLICES_A_TASK = 256
-
-
-class EvaluationFailed(WorkFailed):
-    """Some items could not be measured: which, and why. Nothing of an earlier evaluation has changed."""
 
 
 def measure(
@@ -75,11 +69,11 @@ def measure(
     checked = checked or check(run, config)
     folder = run / FOLDER
     rows = unfinished_name(folder / "samples.parquet")
-    with at_work(run), explain_full_disk(folder), removed_on_failure(rows):
+    with evaluation_lock(run), explain_full_disk(folder), removed_on_failure(rows):
         return _measure_checked(run, config, checked, rows, progress)
 
 
-def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
+def evaluation_lock(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
     """While this process writes RUN/evaluation others are refused: data_shards.locks."""
     return locked(lock_beside(run / FOLDER), run / FOLDER, "is evaluating or drawing", lends=lends)
 
@@ -95,7 +89,7 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
             pool = config.workers.pool()
             inputs = _inputs(run, config, checked, pool.device, weights)
             facts = provenance(inputs, subject) | {"segmenter_sha256": checked.segmenter_sha256}
-            kept = Kept(folder, _dependencies(facts, inputs, subject))
+            kept = PartialResults(folder, _dependencies(facts, inputs, subject))
             inputs = replace(inputs, predictions=kept.predictions.resolve())
             measured, trust_checks = measure_items(inputs, pool, config, subject, rows, progress, kept)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": trust_checks}
@@ -159,17 +153,15 @@ def measure_items(
     subject: Subject,
     rows: Path,
     progress: bool,
-    kept: Kept,
+    kept: PartialResults,
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Measure every chunk on a worker. Its rows go to the file `rows`, and its part of the summary into running sums.
 
     Returns the sums and the section "trust" of the summary.
     """
-    from data_shards.progress import progress_bar
-
     store = subject.store
     num_items = store.items.num_rows
-    chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
+    chunks = [Chunk(start, min(start + ITEMS_A_TASK, num_items)) for start in range(0, num_items, ITEMS_A_TASK)]
     measured_before = [chunk for chunk in chunks if chunk in kept]
     _begin(inputs.predictions, (num_items, *store.image.shape[1:]), measured_before, progress)
     # The file of rows is closed before the workers stop; both are dropped when a task failed.
@@ -183,30 +175,46 @@ def measure_items(
         ) as workers,
         RowWriter(rows) as writer,
     ):
+        runner = TaskRunner(workers, kept)
         if is_tool(inputs.segmenter):
-            _label_volumes(workers, inputs.predictions, store.items, kept)
-        masks = trust.images_of_masks(store.items)
-        spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
-        items = with_patients(store.items, subject.patient_of)
-        measured = Evaluated.empty(
-            subject.label_table,
-            items,
-            spread,
-            capacity=config.distribution_images,
-            seed=config.seed,
-            is_paired=subject.is_paired,
-            patient_of={} if subject.shards is None else subject.shards.patient_of,
-        )
-        with progress_bar(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
-            for chunk, result in in_order(workers, chunks, bar, kept):
-                measured.add(chunk.start, chunk.stop, result)
-                columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
-                writer.write(items.slice(chunk.start, chunk.stop - chunk.start), columns)
+            _label_volumes(runner, inputs.predictions, store.items)
+        measured = _measure_chunks(runner, chunks, config, subject, writer, progress)
         if subject.shards is None:
             return measured, {}
-        _measure_real_alone(workers, subject, subject.shards, measured, kept)
+        _measure_real_alone(runner, subject, subject.shards, measured)
         queries = rows.with_name(".queries.unfinished.npz")
-        return measured, _trust_checks(workers, queries, config, subject, subject.shards, kept)
+        return measured, _trust_checks(runner, queries, config, subject, subject.shards)
+
+
+def _measure_chunks(
+    runner: TaskRunner,
+    chunks: list[Chunk],
+    config: EvaluateConfig,
+    subject: Subject,
+    writer: RowWriter,
+    progress: bool,
+) -> Evaluated:
+    """The sums over all items, whose rows go to `writer`."""
+    from data_shards.progress import progress_bar
+
+    store = subject.store
+    spread = {task.ids[0]: result for task, result in runner.in_order(trust.images_of_masks(store.items))}
+    items = with_patients(store.items, subject.patient_of)
+    measured = Evaluated.empty(
+        subject.label_table,
+        items,
+        spread,
+        capacity=config.distribution_images,
+        seed=config.seed,
+        is_paired=subject.is_paired,
+        patient_of={} if subject.shards is None else subject.shards.patient_of,
+    )
+    with progress_bar(total=items.num_rows, desc="evaluate", unit="image", disable=not progress) as bar:
+        for chunk, result in runner.in_order(chunks, bar):
+            measured.add(chunk.start, chunk.stop, result)
+            columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
+            writer.write(items.slice(chunk.start, chunk.stop - chunk.start), columns)
+    return measured
 
 
 def _begin(predictions: Path, shape: tuple[int, int, int], before: list[Chunk], progress: bool) -> None:
@@ -220,23 +228,21 @@ def _begin(predictions: Path, shape: tuple[int, int, int], before: list[Chunk], 
         tqdm.write(f"evaluate: {num_before:,} of {shape[0]:,} images were measured before; going on")
 
 
-def _label_volumes(workers: Workers[Any, Any], predictions: Path, items: pa.Table, kept: Kept) -> None:
+def _label_volumes(runner: TaskRunner, predictions: Path, items: pa.Table) -> None:
     """Label maps of a program, before the workers measure them."""
     import zarr
 
     group: Any = zarr.open_group(predictions, mode="r+")
-    for task, labels_KHW in in_order(workers, volume_tasks(items), kept=kept):
+    for task, labels_KHW in runner.in_order(volume_tasks(items)):
         for i, labels_HW in zip(task.ids, labels_KHW, strict=True):
             group[task.side][i] = labels_HW
 
 
-def _measure_real_alone(
-    workers: Workers[Any, Any], subject: Subject, shards: ShardSet, measured: Evaluated, kept: Kept
-) -> None:
+def _measure_real_alone(runner: TaskRunner, subject: Subject, shards: ShardSet, measured: Evaluated) -> None:
     """Measure the real slices that have no generated counterpart."""
-    tasks = [RealSlices(tuple(part)) for part in _parts(list(subject.real_rows), _ITEMS_A_TASK)]
+    tasks = [RealSlices(part) for part in split_up(list(subject.real_rows), ITEMS_A_TASK)]
     first = 0
-    for task, result in in_order(workers, tasks, kept=kept):
+    for task, result in runner.in_order(tasks):
         metas = [shards.meta(row) for row in task.rows]
         slices = [(meta.case_id, meta.modality, meta.axis) for meta in metas]
         measured.add_real(slices, first, len(subject.real_rows), result)
@@ -244,139 +250,15 @@ def _measure_real_alone(
 
 
 def _trust_checks(
-    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet, kept: Kept
+    runner: TaskRunner, queries: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet
 ) -> dict[str, Any]:
-    """The section "trust" of the summary; `file` as in _memorisation."""
+    """The section "trust" of the summary; `queries`: the file that measure_memorisation writes and removes."""
     found: dict[str, Any] = {}
     if subject.is_paired:
         found["leakage"] = trust.leakage(subject.store.items, shards)
     if config.memorisation:
-        found["memorisation"] = _memorisation(workers, file, config, subject, shards, kept)
+        found["memorisation"] = measure_memorisation(runner, queries, config, subject, shards)
     return found
-
-
-def _memorisation(
-    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet, kept: Kept
-) -> dict[str, Any]:
-    """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
-    them to the workers."""
-    ids, rows, unseen = searched(config, subject, shards)
-    if reason := trust.why_not(ids, rows, unseen):
-        return trust.not_made(reason)
-    asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
-    asked += [trust.UnseenQueries(tuple(part)) for part in _parts(unseen, _ITEMS_A_TASK)]
-    parts = [result for _, result in in_order(workers, asked, kept=kept)]
-    keys = dict.fromkeys(key for part in parts for key in part)
-    queries: dict[str, Any] = {"_".join(k): np.concatenate([part[k] for part in parts if k in part]) for k in keys}
-    np.savez(file, **queries)
-    training = [trust.NearestInTraining(file.resolve(), tuple(part)) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
-    try:
-        nearest = trust.closer(result for _, result in in_order(workers, training, kept=kept))
-        nearest |= _nearest_copies(workers, file.resolve(), rows, kept)
-    finally:
-        file.unlink()
-    return trust.memorisation(ids, subject.store.items, shards, nearest, config.most_memorised, unseen)
-
-
-def searched(config: EvaluateConfig, subject: Subject, shards: ShardSet) -> tuple[list[int], list[int], list[int]]:
-    """The search for training images: the ids of the generated images, the rows of the training slices, and the rows
-    of real slices that training has not seen."""
-    store = subject.store
-    ids = headline_items(store.items, config.memorisation_images, config.seed)
-    rows = shards.select(split="train", labelled_only=False).tolist()
-    real_rows = store.items["row"].to_numpy()[ids] if subject.is_paired else np.array(subject.real_rows, np.int64)
-    return ids, rows, trust.unseen_rows(real_rows[: config.memorisation_images], shards, config.seed)
-
-
-def memorisation_cost(run: Path, config: EvaluateConfig, subject: Subject) -> tuple[str, float] | None:
-    """What the search for training images will compare, and the seconds that one core takes; None without it."""
-    if not config.memorisation or subject.shards is None:
-        return None
-    ids, rows, unseen = searched(config, subject, subject.shards)
-    size = subject.store.image.shape[1]
-    room = subject.shards.size / size - 1
-    seconds = _ranges(run).seconds(len(ids) + len(unseen), len(rows), size, room)
-    return f"{len(ids):,} images and {len(unseen):,} unseen real ones against {len(rows):,} training slices", seconds
-
-
-def _nearest_copies(
-    workers: Workers[Any, Any], file: Path, rows: list[int], kept: Kept
-) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """The same where training images may be mirrored, turned, scaled, cropped or changed in brightness."""
-    ranges = _ranges(file.parents[1])
-    asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
-    candidates = copies.best_candidates(result for _, result in in_order(workers, asked, kept=kept))
-    nearest = {}
-    for side, (rows_QC, changes_QC5) in candidates.items():
-        parts = []
-        for start in range(0, len(rows_QC), _ITEMS_A_TASK):
-            part = slice(start, start + _ITEMS_A_TASK)
-            parts.append(copies.NearestCopy(file, side, start, rows_QC[part], changes_QC5[part]))
-        distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts, kept=kept)), strict=True)
-        nearest["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
-    return nearest
-
-
-def _ranges(run: Path) -> copies.Ranges:
-    config = run / "config.yaml"
-    loader = read_yaml(config).get("loader") if config.is_file() else None
-    return copies.Ranges.of(loader if isinstance(loader, dict) else None)
-
-
-def _parts(values: list[int], most: int) -> list[list[int]]:
-    return [values[start : start + most] for start in range(0, len(values), most)]
-
-
-def in_order(
-    workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None, kept: Kept | None = None
-) -> Iterator[tuple[Any, Any]]:
-    """Tasks with their results in the order of `tasks`: an early result waits for those before it. What is in `kept` is
-    not done again, and what is done is kept there.
-
-    EvaluationFailed as soon as one fails: no more tasks start, and the results of running ones are dropped.
-    """
-    missing = [task for task in tasks if kept is None or task not in kept]
-    done = _done(workers, missing, kept)
-    waiting: dict[Any, Any] = {}
-    for expected in tasks:
-        while expected not in waiting:
-            if kept is not None and expected in kept:
-                waiting[expected] = kept.read(expected)
-            else:
-                task, result = next(done)
-                waiting[task] = result
-        result = waiting.pop(expected)
-        if bar is not None:
-            bar.update(expected.stop - expected.start)
-        yield expected, result
-    next(done, None)  # its end
-
-
-def _done(workers: Workers[Any, Any], tasks: Sequence[Any], kept: Kept | None) -> Generator[tuple[Any, Any]]:
-    """Tasks with their results as they come, which are kept."""
-    results: Any = workers.run(tasks)
-    for done in results:
-        if isinstance(done.result, TaskFailure):
-            results.close()
-            failed = [done, *(other for other in workers.run(()) if isinstance(other.result, TaskFailure))]
-            errors = sorted(f"{_name_of(one.task)}: {one.result.error}" for one in failed)
-            raise EvaluationFailed(f"could not be measured: {'; '.join(errors)}")
-        if kept is not None:
-            kept.write(done.task, done.result)
-        yield done.task, done.result
-
-
-def _name_of(task: Any) -> str:
-    """The name of a task in an error message."""
-    if isinstance(task, Chunk):
-        return f"items {task.start} to {task.stop - 1}"
-    if isinstance(task, trust.NearestInTraining):
-        return f"training slices {task.rows[0]} to {task.rows[-1]}"
-    if isinstance(task, trust.UnseenQueries | RealSlices):
-        return f"real slices {task.rows[0]} to {task.rows[-1]}"
-    if isinstance(task, LabelVolume):
-        return f"the volume of items {task.ids[0]} to {task.ids[-1]} ({task.side})"
-    return f"items {task.ids[0]} to {task.ids[-1]}"
 
 
 def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
@@ -386,4 +268,4 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
     group = zarr.create_group(path)
     for side in SIDES:
         # The items of a task are complete chunks: no two workers write to the same one.
-        group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
+        group.create_array(side, shape=shape, chunks=(min(16, ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)

@@ -95,7 +95,7 @@ class Queries:
         """The generated side alone."""
         images_BHW = np.stack([np.asarray(evaluator.store.image[i]) for i in self.ids])
         features_BD = evaluator.features(evaluator.on_device(images_BHW), self.ids)
-        return {("segmenter", "gen"): features_BD, ("pixels", "gen"): small(images_BHW)}
+        return {("segmenter", "gen"): features_BD, ("pixels", "gen"): downscaled(images_BHW)}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _in_each_space(rows: Sequence[int], evaluator: Evaluator) -> dict[str, np.nd
     images_NHW = np.stack([record.image_uint8() for record in records])
     modality = [record.meta.modality for record in records]
     features_ND = evaluator.features_of(evaluator.on_device(images_NHW), modality)
-    return {"segmenter": features_ND, "pixels": small(images_NHW)}
+    return {"segmenter": features_ND, "pixels": downscaled(images_NHW)}
 
 
 def unseen_rows(rows: np.ndarray, shards: ShardSet, seed: int) -> list[int]:
@@ -170,7 +170,7 @@ def _files(shards: ShardSet, rows: np.ndarray) -> list[str]:
     return sums
 
 
-def small(images_BHW: np.ndarray) -> np.ndarray:
+def downscaled(images_BHW: np.ndarray) -> np.ndarray:
     """float32 [B, 1024] in [0, 1]: means over a grid of 32x32 (of every pixel where the image is smaller)."""
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
@@ -180,7 +180,7 @@ def small(images_BHW: np.ndarray) -> np.ndarray:
     return np.asarray(pooled.flatten(1).numpy())
 
 
-def closer(
+def nearest_over_parts(
     parts: Iterable[dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]],
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The nearest over all parts of the training set."""
@@ -275,12 +275,12 @@ def _false_alarms(real_by: dict[str, np.ndarray], case_id_U: np.ndarray) -> dict
     }
 
 
-def not_made(reason: str) -> dict[str, Any]:
+def not_searched(reason: str) -> dict[str, Any]:
     """The result in place of `memorisation` where nothing is known: neither passed nor failed."""
     return {"passed": None, "reason": reason, "nearest": []}
 
 
-def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
+def why_not_checked(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
     """Why copies of `training` (rows) cannot be found among `ids` (items); None if they can."""
     if not ids:
         return "no sample is the first of its mask in the modality of the mask's own slice"

@@ -16,7 +16,7 @@ from data_shards.files import first_line
 from data_shards.labels import BODY
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.networks import load_extractors, lpips_of, radiomics_of
-from segdiff_dist.evaluation.measure.reals import alone
+from segdiff_dist.evaluation.measure.real_slices import one_sided_columns
 from segdiff_dist.evaluation.measure.subject import (
     hu_scales,
     is_paired,
@@ -333,7 +333,7 @@ class _Batch:
         """Power, texture and grey values of images without real counterparts; those of the headline, at its places."""
         images_BHW, masks_BHW = generated.cpu().numpy()[headline], self.label_maps["mask"][headline]
         hu_B2 = self.evaluator.hu_scales_N2[self.start : self.stop][headline]
-        self._write(alone(images_BHW, masks_BHW, self.evaluator.table, "gen", hu_B2), headline)
+        self._write(one_sided_columns(images_BHW, masks_BHW, self.evaluator.table, "gen", hu_B2), headline)
         for image_HW, i in zip(images_BHW, headline, strict=True):
             self.result.grey_counts[i, 1] = np.bincount(image_HW.ravel(), minlength=256)
 

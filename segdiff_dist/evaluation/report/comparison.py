@@ -14,8 +14,8 @@ import numpy as np
 from data_shards.documents import read_json
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.config import flatten, next_command, read_yaml
-from segdiff_dist.evaluation.measure.published import PREDICTIONS, SAMPLES, SUMMARY, place_of
-from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
+from segdiff_dist.evaluation.measure.publishing import PREDICTIONS, SAMPLES, SUMMARY, place_of
+from segdiff_dist.evaluation.measure.result_files import open_predictions, read_rows, read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import SEGMENTER_METRICS
 from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.metrics.definition import Definition

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
-from segdiff_dist.evaluation.report.look import (
+from segdiff_dist.evaluation.report.figure_style import (
     Drawn,
     Figure,
     legend,

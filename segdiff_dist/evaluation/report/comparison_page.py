@@ -26,7 +26,7 @@ from segdiff_dist.evaluation.report.comparison import (
     shared_masks,
 )
 from segdiff_dist.evaluation.report.differences import difference_tables, sentences
-from segdiff_dist.evaluation.report.look import Drawn, save, styled
+from segdiff_dist.evaluation.report.figure_style import Drawn, save, styled
 from segdiff_dist.evaluation.report.page import page_environment, png_url, write_page
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.evaluation.report.tables import Cell, Row, Table, headline_metrics

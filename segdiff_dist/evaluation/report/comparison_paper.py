@@ -15,7 +15,7 @@ from segdiff_dist.evaluation.report.comparison_page import (
     same_mask_figures,
 )
 from segdiff_dist.evaluation.report.differences import difference_tables, sentences
-from segdiff_dist.evaluation.report.look import close
+from segdiff_dist.evaluation.report.figure_style import close
 from segdiff_dist.evaluation.report.paper import Paper, bound
 from segdiff_dist.evaluation.report.tables import Table
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.modalities import in_order
+from segdiff_dist.evaluation.measure.result_files import read_rows, row_columns
 from segdiff_dist.evaluation.measure.rows import PATIENT
-from segdiff_dist.evaluation.measure.saved import read_rows, row_columns
 from segdiff_dist.evaluation.measure.segmenter_check import is_unreliable
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.estimates import bootstrap_counts

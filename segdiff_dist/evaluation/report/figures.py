@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.files import new_folder
-from segdiff_dist.evaluation.measure.saved import read_downstream, read_summary
+from segdiff_dist.evaluation.measure.result_files import read_downstream, read_summary
 from segdiff_dist.evaluation.metrics.densities import clipping_of
 from segdiff_dist.evaluation.report import number_figures as numbers
 from segdiff_dist.evaluation.report import sample_figures as samples
-from segdiff_dist.evaluation.report.look import Drawn, Figure, save, styled
+from segdiff_dist.evaluation.report.figure_style import Drawn, Figure, save, styled
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.evaluation.report.sharpness_figures import power_by_band
 from segdiff_dist.evaluation.report.spectrum_figures import power_spectra

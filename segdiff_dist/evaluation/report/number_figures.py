@@ -10,7 +10,14 @@ from data_shards.labels import shown_name
 from data_shards.modalities import MODALITIES, in_order
 from segdiff_dist.evaluation.measure.segmenter_check import WEAK_DICE, weakness
 from segdiff_dist.evaluation.metrics.densities import Clipping
-from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure, modality_colour, plain
+from segdiff_dist.evaluation.report.figure_style import (
+    GENERATED_COLOUR,
+    REAL_COLOUR,
+    Drawn,
+    Figure,
+    modality_colour,
+    plain,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

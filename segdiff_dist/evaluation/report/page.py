@@ -10,7 +10,7 @@ from data_shards.documents import read_bytes
 from data_shards.files import write_atomic
 from data_shards.modalities import in_order
 from segdiff_dist.config import next_command
-from segdiff_dist.evaluation.measure.saved import read_downstream, read_figures, read_summary
+from segdiff_dist.evaluation.measure.result_files import read_downstream, read_figures, read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages
 from segdiff_dist.evaluation.measure.trust import warnings
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
-from segdiff_dist.evaluation.report.book import Book
-from segdiff_dist.evaluation.report.look import Figure, save_vector, styled
+from segdiff_dist.evaluation.report.figure_style import Figure, save_vector, styled
 from segdiff_dist.evaluation.report.page import template_environment
+from segdiff_dist.evaluation.report.pdf_report import PdfReport
 from segdiff_dist.evaluation.report.tables import Table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 HTML = "html"
 FORMATS = (HTML, "csv", "latex", "pdf")
-BOOK = "report.pdf"
+PDF_REPORT = "report.pdf"
 _FIELDS = (
     *("table", "group", "row", "column", "metric", "value", "ci95_low", "ci95_high", "n", "num_patients", "unit"),
     *("better", "unreliable", "too_few", "grey"),
@@ -97,7 +97,7 @@ class Paper:
 
     folder: Path
     formats: Sequence[str]
-    book: Book | None = None
+    pdf: PdfReport | None = None
     figures: list[Figure] = field(default_factory=list)
 
     @property
@@ -114,11 +114,11 @@ class Paper:
                 (self.folder / f"{table.name}.tex").write_text(latex_text(table), encoding="utf-8")
 
     def figure(self, canvas: Canvas, figure: Figure) -> None:
-        """A figure as vector PDF, and as a page of the book."""
+        """A figure as vector PDF, and as a page of the report."""
         save_vector(canvas, self.folder / _vector_name(figure))
         self.figures.append(figure)
-        if self.book is not None:
-            self.book.figure(canvas, figure)
+        if self.pdf is not None:
+            self.pdf.figure(canvas, figure)
 
     def captions(self) -> None:
         """Write the captions of the figures added."""
@@ -134,15 +134,15 @@ def bound(paper: Paper, title: str, above: Sequence[str], tables: Sequence[Table
         with styled():
             yield
         return
-    # The book embeds its fonts when it is closed, in the style's way.
-    with styled(), Book.open(paper.folder / BOOK, title) as book:
-        book.table(tables[0], above)
-        paper.book = book
+    # The report embeds its fonts when it is closed, in the style's way.
+    with styled(), PdfReport.open(paper.folder / PDF_REPORT, title) as pdf:
+        pdf.table(tables[0], above)
+        paper.pdf = pdf
         yield
         for table in tables[1:]:
-            book.table(table)
+            pdf.table(table)
         used = {cell.metric for table in tables for row in table.rows for cell in row.cells}
-        book.definitions([name for name in DEFINITIONS if name in used])
+        pdf.definitions([name for name in DEFINITIONS if name in used])
 
 
 def _vector_name(figure: Figure) -> str:

@@ -16,8 +16,8 @@ from data_shards.modalities import in_order
 from data_shards.problems import Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences, next_command
+from segdiff_dist.evaluation.measure.result_files import open_predictions, read_rows, read_summary, row_columns
 from segdiff_dist.evaluation.measure.rows import PATIENT
-from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary, row_columns
 from segdiff_dist.evaluation.measure.subject import is_paired, label_table_of, open_samples
 from segdiff_dist.sampling.store import SampleStore, identity
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import new_folder
-from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.result_files import read_summary
 from segdiff_dist.evaluation.report.figures import draw_figures
 from segdiff_dist.evaluation.report.paper import HTML, Paper, bound
 from segdiff_dist.evaluation.report.tables import run_tables

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.modalities import MODALITIES
-from segdiff_dist.evaluation.report.look import Drawn, Figure, legend, note, show_grey, show_labels, tiles
+from segdiff_dist.evaluation.report.figure_style import Drawn, Figure, legend, note, show_grey, show_labels, tiles
 from segdiff_dist.evaluation.report.pictures import Pictures
 
 if TYPE_CHECKING:

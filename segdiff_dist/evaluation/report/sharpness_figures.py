@@ -8,7 +8,7 @@ import numpy as np
 
 from segdiff_dist.evaluation.metrics.definitions import wavelengths
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_BANDS
-from segdiff_dist.evaluation.report.look import Drawn, Figure, modality_colour
+from segdiff_dist.evaluation.report.figure_style import Drawn, Figure, modality_colour
 
 # Smaller ratios are drawn here: the axis is logarithmic.
 _LOWEST = 1e-3

@@ -8,7 +8,7 @@ import numpy as np
 
 from segdiff_dist.evaluation.measure.rows import PATIENT
 from segdiff_dist.evaluation.metrics.estimates import bootstrap_counts
-from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure
+from segdiff_dist.evaluation.report.figure_style import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.spectra import RINGS, band_powers, ratio
 

@@ -7,7 +7,7 @@ import { labelOf, modalities, on, otherThanShown, state } from "./state.js";
 import { View } from "./view.js";
 
 const KINDS = [["PNG", downloadPng], ["NIfTI", downloadNifti], ["DICOM", downloadDicom]];
-// Those of the reports (segdiff_dist/evaluation/report/look.py).
+// Those of the reports (segdiff_dist/evaluation/report/figure_style.py).
 const COLOURS = { CT: "#2b6cb0", MR: "#b7791f" };
 let panels = [];
 

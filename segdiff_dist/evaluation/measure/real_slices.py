@@ -36,7 +36,7 @@ class RealSlices:
         columns |= overlap_columns(
             "mask_real", mask_BHW, label_maps, evaluator.table, spacing_mm, evaluator.tolerances_mm
         )
-        columns |= alone(
+        columns |= one_sided_columns(
             image_BHW,
             mask_BHW,
             evaluator.table,
@@ -51,7 +51,7 @@ class RealSlices:
         return ChunkResult(evaluator.without_body(columns), by_side, counts_B2G, dict(evaluator.failed))
 
 
-def alone(
+def one_sided_columns(
     image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str, hu_B2: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The columns of one side ("real" or "gen") of images without a counterpart: power, texture, air, grey values, HU.

@@ -1,4 +1,4 @@
-"""The look of every figure: tiles of pixels, legends, colours. This file, book.py and *_figures.py use matplotlib."""
+"""How figures look: tiles of pixels, legends, colours. This file, pdf_report.py and *_figures.py use matplotlib."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
-from segdiff_dist.evaluation.report.look import VECTOR_DPI, Figure, plain
+from segdiff_dist.evaluation.report.figure_style import VECTOR_DPI, Figure, plain
 from segdiff_dist.evaluation.report.tables import Cell, Row, Table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _INK, _SOFT, _GREY = "#1f2933", "#5a6876", "#9aa5b1"
 _LABEL_LETTERS = 30
 
 
-class Book:
+class PdfReport:
     """Writes pages to a PDF file, in order."""
 
     def __init__(self, pages: Any) -> None:
@@ -32,8 +32,8 @@ class Book:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, title: str) -> Iterator[Book]:
-        """A book in the file `path`."""
+    def open(cls, path: Path, title: str) -> Iterator[PdfReport]:
+        """A report in the file `path`."""
         from matplotlib.backends.backend_pdf import PdfPages
 
         # Without a date, the same numbers make the same file.

@@ -3,8 +3,8 @@
 RUN/evaluation/.kept-KEY/predictions.zarr     label maps, written by the workers
 RUN/evaluation/.kept-KEY/NAME.npz             the result of one task, numbers only
 
-KEY is a digest of all that the results depend on: samples, real images, segmenter, settings, versions, this code. Kept
-results of another key are removed. KEY also depends on the user's own key (segdiff_dist.tracking.signing), so that
+KEY is a digest of all that the results depend on: samples, real images, segmenter, settings, versions, this code.
+Results of another key are removed. KEY also depends on the user's own key (segdiff_dist.tracking.signing), so that
 results from a folder that somebody else made are not taken.
 """
 
@@ -35,7 +35,7 @@ _PREFIX = ".kept-"
 _CLASSES: dict[str, type[Any]] = {one.__name__: one for one in (ChunkResult, Spread)}
 
 
-class Kept:
+class PartialResults:
     """Results by task. A task's name is made of its fields; paths are no part of it."""
 
     def __init__(self, folder: Path, depends_on: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from data_shards.problems import InputProblems, OutOfSpace, problem
 from data_shards.records import is_path_inside
 from data_shards.store.zarr_bounds import bound_zstd, is_plain_array
 from segdiff_dist.config import next_command
-from segdiff_dist.evaluation.measure.published import PREDICTIONS, SAMPLES, SUMMARY, place_of
+from segdiff_dist.evaluation.measure.publishing import PREDICTIONS, SAMPLES, SUMMARY, place_of
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
 
 if TYPE_CHECKING:
