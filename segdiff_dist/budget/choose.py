@@ -84,7 +84,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Task:
+class BudgetRequest:
     """What is asked. `given`: values that are kept, as in a configuration file; `recipe`: the configuration to begin
     with, None for the best that fits; `paths`: amos_root, data, run."""
 
@@ -110,7 +110,7 @@ class Task:
 class Candidate:
     """A recipe for this data set, with batches that fit into the memory."""
 
-    task: Task
+    task: BudgetRequest
     recipe: str
     experiment: Experiment
     speed: Speed
@@ -232,7 +232,7 @@ def measured(experiment: Experiment, networks: Networks, device: torch.device) -
     return Speed(**found)
 
 
-def choose(task: Task, measure: Measure = measured) -> tuple[Candidate, Experiment]:
+def choose(task: BudgetRequest, measure: Measure = measured) -> tuple[Candidate, Experiment]:
     """The best recipe that fits, and the configuration made from it. Raises InputProblems if none does."""
     device = task.machine.device
     names = (_ON_GPU if device.type == "cuda" else _ON_CPU) if task.recipe is None else (task.recipe,)
@@ -266,7 +266,7 @@ def _rounded_up(hours: float) -> str:
     return f"{(int(hours / step) + 1) * step:g}"
 
 
-def _adapted(task: Task, recipe: str) -> Experiment:
+def _adapted(task: BudgetRequest, recipe: str) -> Experiment:
     """The recipe for this data set, with the given values."""
     data_set, device = task.data_set, task.machine.device
     values = merge(as_dict(Experiment()), read_yaml(find_config(recipe)))
@@ -286,7 +286,7 @@ def _adapted(task: Task, recipe: str) -> Experiment:
     return validate(Experiment, values, "plan")
 
 
-def _fitted(task: Task, experiment: Experiment) -> tuple[Experiment, Networks]:
+def _fitted(task: BudgetRequest, experiment: Experiment) -> tuple[Experiment, Networks]:
     """The experiment with micro-batches that fit into the memory, if any do, and numbers of workers."""
     networks = Networks.of(experiment, task.data_set, task.machine.device)
     fitting = partial(_fitting, capacity=task.machine.capacity)

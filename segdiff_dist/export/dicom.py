@@ -76,7 +76,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Names:
+class SeriesNames:
     """What a series belongs to. `origin`: distinguishes this series from others of the same pixels. `frame`: of the
     coordinates that the affine leads to; series of one frame can be laid over each other. `number`: of the series in
     its study, odd; that of the mask is the next. `part`: what of the study it shows. `file`: the name of its file."""
@@ -128,7 +128,7 @@ def is_sheared(affine: np.ndarray) -> bool:
     return bool(np.abs(directions.T @ directions - np.eye(3)).max() > _LARGEST_COSINE)
 
 
-def write_stack(files: Sequence[Path], mask_file: Path, stack: Stack, names: Names, table: LabelTable) -> None:
+def write_stack(files: Sequence[Path], mask_file: Path, stack: Stack, names: SeriesNames, table: LabelTable) -> None:
     """A series with a file for each slice, and the SEG of its mask."""
     from segdiff_dist.export.dicom_seg import write_seg
 
@@ -139,7 +139,7 @@ def write_stack(files: Sequence[Path], mask_file: Path, stack: Stack, names: Nam
     write_seg(mask_file, images, stack.mask_SHW, table, series, names.number + 1)
 
 
-def _image(stack: Stack, names: Names, table: LabelTable, series: str, number: int) -> Dataset:
+def _image(stack: Stack, names: SeriesNames, table: LabelTable, series: str, number: int) -> Dataset:
     """One slice."""
     image = _described(stack, names, table)
     image.SeriesInstanceUID, image.SeriesNumber = series, names.number
@@ -151,7 +151,7 @@ def _image(stack: Stack, names: Names, table: LabelTable, series: str, number: i
     return image
 
 
-def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
+def _described(stack: Stack, names: SeriesNames, table: LabelTable) -> Dataset:
     """What all slices of a series have in common: whose image it is, and that it is no one's."""
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segdiff_dist.export.dicom import Names, Stack, dicom_kind, is_sheared, write_stack
+from segdiff_dist.export.dicom import SeriesNames, Stack, dicom_kind, is_sheared, write_stack
 from segdiff_dist.export.files import slice_affine
 from segdiff_dist.export.samples import plain_case
 
@@ -36,7 +36,7 @@ def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sa
         number = 2 * num_series[study] + 1
         num_series[study] += 1
         frame = plain_case(item["case_id"]) if is_placed else sample.name
-        names = Names(
+        names = SeriesNames(
             item["patient"],
             f"{made_by} {study}",
             f"{made_by} {frame}",

@@ -26,7 +26,7 @@ Generate = Callable[[np.ndarray, list[int], bool], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Place:
+class SlicePlacement:
     """Where generated slices are among the stored voxels of a canonical volume, by the slices' own affines.
 
     view: canonical dimension through the slices, down the rows, along the columns. rows, columns: stored index of pixel
@@ -39,7 +39,7 @@ class Place:
     through_S: np.ndarray
 
     @classmethod
-    def of(cls, volume: Volume, slices: list[Slice], first_pixel: int) -> Place:
+    def of(cls, volume: Volume, slices: list[Slice], first_pixel: int) -> SlicePlacement:
         """The geometry of slices of `volume` that are cropped to the pixels from `first_pixel` on."""
         from_mm = np.linalg.inv(volume.affine)
         to_stored = from_mm @ np.array(slices[0].affine).reshape(4, 4)
@@ -100,7 +100,7 @@ class CutMask:
 
     mask_SHW: np.ndarray
     indices: list[int]
-    place: Place
+    place: SlicePlacement
     needed: list[int]
     shape: tuple[int, ...]
 
@@ -113,7 +113,7 @@ class CutMask:
         # There is no image. The label ids are passed in its place, and the grey values of the result are not used.
         slices = list(cut(labels, labels, body, GreyMap(1.0, 0.0), how))
         first = (how.size - model_size) // 2
-        place, shape = Place.of(labels, slices, first), labels.voxels_IJK.shape
+        place, shape = SlicePlacement.of(labels, slices, first), labels.voxels_IJK.shape
         needed = place.needed(shape[place.view[0]])
         window = slice(first, first + model_size)
         mask_SHW = np.stack([slices[s].mask_HW[window, window] for s in needed])

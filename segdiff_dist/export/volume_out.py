@@ -19,7 +19,7 @@ from data_shards.ingest.volumes import Volume
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.export.config import VolumeConfig
-from segdiff_dist.export.dicom import Kind, Names, Stack, is_sheared, require_dicom, write_stack
+from segdiff_dist.export.dicom import Kind, SeriesNames, Stack, is_sheared, require_dicom, write_stack
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
 
@@ -103,7 +103,7 @@ def save_dicom(
     )
     case = f"mask_{labels.sha256[:16]}"
     origin = f"{case} volume {config.modality} {config.axis}"
-    names = Names(case, case, case, origin, number=1 if config.modality == "CT" else 3)
+    names = SeriesNames(case, case, case, origin, number=1 if config.modality == "CT" else 3)
     with new_folder(out) as folder:
         for name in ("images", "masks"):
             (folder / name).mkdir()

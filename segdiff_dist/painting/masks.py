@@ -25,7 +25,7 @@ from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, problem, refuse
 from segdiff_dist.painting.tables import (
-    Names,
+    LabelNames,
     OtherLabels,
     given_names,
     matched,
@@ -66,7 +66,7 @@ class LabelMask:
     """A mask in the ids of the model's table. `names`: who said what the ids mean. `notes`: guesses about its place."""
 
     labels: Volume
-    names: Names
+    names: LabelNames
     notes: tuple[str, ...] = ()
 
 
@@ -137,7 +137,7 @@ def _of_volume(file: Path) -> MaskFile:
 
     def read(table: LabelTable, labels: Any, others: OtherLabels) -> LabelMask:
         segments = slicer_names(file) if labels is None else {}
-        names = Names({0: "background"} | segments, str(file)) if segments else given_names(labels, file, table)
+        names = LabelNames({0: "background"} | segments, str(file)) if segments else given_names(labels, file, table)
         ids = _complete(matched(names, table, str(file), others), names, others, table)
         try:
             volume = read_labels(file, _NUM_IDS, ids=ids, one_slice=True)
@@ -166,7 +166,7 @@ def _as_thick_as_stored(file: Path, affine: np.ndarray) -> np.ndarray:
     return thick
 
 
-def _complete(ids: dict[int, int], names: Names, others: OtherLabels, table: LabelTable) -> dict[int, int]:
+def _complete(ids: dict[int, int], names: LabelNames, others: OtherLabels, table: LabelTable) -> dict[int, int]:
     """With ids that nothing names, if all others are to become body or background."""
     if others == "refuse":
         return ids
@@ -174,7 +174,7 @@ def _complete(ids: dict[int, int], names: Names, others: OtherLabels, table: Lab
     return dict.fromkeys(range(_MOST_IDS), new) | ids
 
 
-def _explain(file: Path, names: Names, table: LabelTable, ids: Mapping[int, int]) -> None:
+def _explain(file: Path, names: LabelNames, table: LabelTable, ids: Mapping[int, int]) -> None:
     """Refuse a volume for all its unknown ids at once, by their names; nothing if another fault is the reason."""
     try:
         # Every id is known here, and those above the table's become 255.
@@ -204,7 +204,7 @@ def _of_seg(file: Path) -> MaskFile:
     _refuse_large(str(file), shape)
 
     def read(table: LabelTable, labels: Any, others: OtherLabels) -> LabelMask:
-        known = Names({0: "background"} | {n: name for n, name in names.items() if n}, "its segments")
+        known = LabelNames({0: "background"} | {n: name for n, name in names.items() if n}, "its segments")
         if labels is not None:
             known = given_names(labels, None, table)
         ids = matched(known, table, str(file), others)
@@ -273,7 +273,7 @@ def _of_array(mask: np.ndarray, affine: np.ndarray | None, grid_mm: float) -> Ma
     return MaskFile("mask", "array", mask.shape, mask.ndim == 2, affine, read)
 
 
-def _renumbered(ids: np.ndarray, names: Names, table: LabelTable, where: str, others: OtherLabels) -> np.ndarray:
+def _renumbered(ids: np.ndarray, names: LabelNames, table: LabelTable, where: str, others: OtherLabels) -> np.ndarray:
     """uint8: the model's ids of a mask's."""
     new_of = _complete(matched(names, table, where, others), names, others, table)
     present = np.unique(ids).tolist()

@@ -27,7 +27,7 @@ _MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Names:
+class LabelNames:
     """Names of the ids in a mask, and who says so. `is_model`: the ids are the model's own."""
 
     by_id: Mapping[int, str]
@@ -35,26 +35,26 @@ class Names:
     is_model: bool = False
 
 
-def names_of_model(table: LabelTable) -> Names:
+def names_of_model(table: LabelTable) -> LabelNames:
     """The model's own ids."""
     named = {i: name for i, name in enumerate(table.names) if name != UNUSED}
-    return Names(named, f"the model's table {table.name!r}", is_model=True)
+    return LabelNames(named, f"the model's table {table.name!r}", is_model=True)
 
 
-def given_names(given: str | Path | Mapping[int, str] | None, mask: Path | None, table: LabelTable) -> Names:
+def given_names(given: str | Path | Mapping[int, str] | None, mask: Path | None, table: LabelTable) -> LabelNames:
     """The names for a mask whose format has none: as given, or as a file beside the mask says, or the model's own."""
     if isinstance(given, Mapping):
-        return Names(_parsed(given, "labels", table), "the given names")
+        return LabelNames(_parsed(given, "labels", table), "the given names")
     if given is not None and not isinstance(given, str | Path):
         raise problem("labels", "labels", repr(given)[:60], _REMEDY)
     if given is not None and str(given) in LABEL_TABLES and not Path(given).is_file():
-        return Names(dict(enumerate(LABEL_TABLES[str(given)].names)), f"the table {str(given)!r}")
+        return LabelNames(dict(enumerate(LABEL_TABLES[str(given)].names)), f"the table {str(given)!r}")
     if given is not None:
-        return Names(_parsed(_read(Path(given)), str(given), table), str(given))
+        return LabelNames(_parsed(_read(Path(given)), str(given), table), str(given))
     for file in () if mask is None else _beside(mask):
         content = _read(file)
         if _names_classes(content):
-            return Names(_parsed(content, str(file), table), str(file))
+            return LabelNames(_parsed(content, str(file), table), str(file))
     return names_of_model(table)
 
 
@@ -71,7 +71,7 @@ def slicer_names(file: Path) -> dict[int, str]:
     return {int(one[b"LabelValue"]): one[b"Name"] for one in numbered}
 
 
-def matched(names: Names, table: LabelTable, where: str, others: OtherLabels = "refuse") -> dict[int, int]:
+def matched(names: LabelNames, table: LabelTable, where: str, others: OtherLabels = "refuse") -> dict[int, int]:
     """The model's id of each id in the mask, background included. Classes that the model does not have become `body`
     or background, or are left out of the result, so that a mask that shows them is refused."""
     if names.is_model:

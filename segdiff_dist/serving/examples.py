@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.labels import AMOS, LabelTable
-from segdiff_dist.painting.tables import Names, OtherLabels, matched
+from segdiff_dist.painting.tables import LabelNames, OtherLabels, matched
 
 FOLDER = Path(__file__).with_name("example_masks")
 ENDING = ".nii.gz"
@@ -36,7 +36,7 @@ def example_masks(table: LabelTable) -> dict[str, bytes]:
     from data_shards.phantom.case import nifti_gz
 
     others: OtherLabels = "background" if table.body_id is None else "body"
-    new_of = matched(Names(dict(enumerate(AMOS.names)), "the table 'amos'"), table, "phantom", others)
+    new_of = matched(LabelNames(dict(enumerate(AMOS.names)), "the table 'amos'"), table, "phantom", others)
     look_up = np.array([new_of[i] for i in range(AMOS.num_classes)], np.uint8)
     found = {}
     for name in example_names():

@@ -121,7 +121,7 @@ class Budgeted(ConfiguredStage):
     def planned(self) -> Planned:
         """Look at data and machine, and choose."""
         from data_shards.ingest.prepare import check
-        from segdiff_dist.budget.choose import Machine, Task, choose
+        from segdiff_dist.budget.choose import BudgetRequest, Machine, choose
         from segdiff_dist.budget.data_set import NNUNET, DataSet
         from segdiff_dist.budget.rows import rows_of
 
@@ -133,7 +133,7 @@ class Budgeted(ConfiguredStage):
         if self.experiment.wholebody is None:
             refuse(data_set.split_problems(flatten(kept).get("sample.split")))
         machine = Machine.here(free_bytes(folder))
-        candidate, experiment = choose(Task(data_set, machine, self.hours, paths, kept, self.recipe))
+        candidate, experiment = choose(BudgetRequest(data_set, machine, self.hours, paths, kept, self.recipe))
         rows = rows_of(candidate, experiment)
         refuse(unless_forced(_disk_problems(folder, rows, machine.free_bytes)))
         is_nnunet = experiment.export.format == NNUNET

@@ -24,7 +24,7 @@ from data_shards.store.shard_writer import ShardWriter
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
-from segdiff_dist.export.dicom import Names, Stack, write_stack
+from segdiff_dist.export.dicom import SeriesNames, Stack, write_stack
 from segdiff_dist.export.job import export_samples
 from segdiff_dist.export.volume import make_volume
 from segdiff_dist.sampling.store import SampleStore
@@ -247,7 +247,7 @@ def test_values_below_zero_of_pet(tmp_path: Path) -> None:
     stack = Stack(
         stored, np.ones_like(stored, np.uint8), np.eye(4), "PT", "axial", (-3.0, 634.5), 2.5, -3.0, name="PET"
     )
-    write_stack([tmp_path / "a.dcm"], tmp_path / "m.dcm", stack, Names("p", "s", "f", "o"), AMOS)
+    write_stack([tmp_path / "a.dcm"], tmp_path / "m.dcm", stack, SeriesNames("p", "s", "f", "o"), AMOS)
     found = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.dcm")))
     np.testing.assert_allclose(found, stored * 2.5 - 3.0, atol=0.02)
 
@@ -256,7 +256,7 @@ def test_an_image_without_an_organ_does_not_name_a_part(tmp_path: Path) -> None:
     """Laterality is then there, and empty: dciodvfy counts its absence as an error."""
     body = np.full((1, 32, 32), AMOS.body_id, np.uint8)
     stack = Stack(body * 10, body, np.eye(4), "CT", "axial", (-256.0, 256.0), 2.0, -256.0)
-    write_stack([tmp_path / "a.dcm"], tmp_path / "m.dcm", stack, Names("p", "s", "f", "o"), AMOS)
+    write_stack([tmp_path / "a.dcm"], tmp_path / "m.dcm", stack, SeriesNames("p", "s", "f", "o"), AMOS)
     header = pydicom.dcmread(tmp_path / "a.dcm")
     assert ("BodyPartExamined" in header, header.Laterality) == (False, "")
     assert not errors_of_dciodvfy(tmp_path / "a.dcm") + errors_of_dciodvfy(tmp_path / "m.dcm")
@@ -270,7 +270,7 @@ def test_a_mask_without_any_class_is_read_again(tmp_path: Path) -> None:
     image[:, 6:26, 6:26] = 150
     stack = Stack(image, mask, affine, "CT", "axial", (-256.0, 256.0), 2.0, -256.0)
     (tmp_path / "out").mkdir()
-    write_stack([tmp_path / "out" / "a.dcm"], tmp_path / "out" / "m.dcm", stack, Names("p", "s", "f", "o"), AMOS)
+    write_stack([tmp_path / "out" / "a.dcm"], tmp_path / "out" / "m.dcm", stack, SeriesNames("p", "s", "f", "o"), AMOS)
     config = PrepareConfig(size=32, labels="amos", split=(1.0, 0.0, 0.0), spacing_mm=4.0)
     found = check(tmp_path / "out", tmp_path / "set", config)
     [record] = slices_of(found.cases[0], config, None, [], found.survey.labelling)

@@ -23,7 +23,7 @@ from data_shards.ingest.prepare import PrepareConfig, check
 from data_shards.problems import InputProblems
 from segdiff_dist import cli
 from segdiff_dist.budget import choose as choose_module
-from segdiff_dist.budget.choose import Machine, Networks, Speed, Task, choose, measured
+from segdiff_dist.budget.choose import Machine, Networks, Speed, BudgetRequest, choose, measured
 from segdiff_dist.budget.data_set import DataSet
 from segdiff_dist.budget.lengths import Length, fit, least_seconds
 from segdiff_dist.budget.rows import rows_of
@@ -56,12 +56,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def task(data: Path) -> Task:
+def task(data: Path) -> BudgetRequest:
     """Eight hours on two cores with 16 GiB, for the recipe of small machines."""
     config = PrepareConfig(channel=1, fold=1, labels="amos")
     data_set = DataSet.of(check(data, data.parent / "set", config))
     paths = {"amos_root": str(data), "data": str(data.parent / "set"), "run": str(data.parent / "run")}
-    return Task(data_set, MACHINE, 8.0, paths, {}, "amos_small")
+    return BudgetRequest(data_set, MACHINE, 8.0, paths, {}, "amos_small")
 
 
 def test_volumes_of_a_plain_folder_are_volumes_and_files_of_one_plane_are_pictures(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_time_is_shared_and_a_stage_at_its_end_leaves_the_rest_to_the_others
     assert fit(1e6, lengths) == {"a": 1000, "b": 10_000}
 
 
-def test_the_speed_of_this_machine_is_measured(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_of_this_machine_is_measured(task: BudgetRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_module, "training_s", training_s)
     monkeypatch.setattr(choose_module, "pass_s", pass_s)
     _, experiment = choose(replace(task, recipe="smoke", given={"prepare": {"size": 32}}), speed)
@@ -104,7 +104,7 @@ def test_the_speed_of_this_machine_is_measured(task: Task, monkeypatch: pytest.M
     assert min(found.segmenter_pass, found.segmenter) > 0
 
 
-def test_more_hours_make_longer_trainings_within_the_hours(task: Task) -> None:
+def test_more_hours_make_longer_trainings_within_the_hours(task: BudgetRequest) -> None:
     shorter, longer = (choose(replace(task, hours=hours), speed) for hours in (0.5, 1.0))
     assert longer[1].train.num_images > 1.5 * shorter[1].train.num_images
     for hours, (candidate, experiment) in ((0.5, shorter), (1.0, longer)):
@@ -119,7 +119,7 @@ def test_more_hours_make_longer_trainings_within_the_hours(task: Task) -> None:
     assert longer[1].sample.cross_modality_masks == 0, "the set has CT alone"
 
 
-def test_less_memory_makes_smaller_batches_and_none_at_all_is_refused(task: Task) -> None:
+def test_less_memory_makes_smaller_batches_and_none_at_all_is_refused(task: BudgetRequest) -> None:
     def with_memory(gib: float) -> Any:
         memory = Capacity(HostMemory(int(gib * GIB), int(gib * GIB)))
         given = {"prepare": {"size": 256}}
@@ -132,7 +132,7 @@ def test_less_memory_makes_smaller_batches_and_none_at_all_is_refused(task: Task
         with_memory(0.3)
 
 
-def test_too_few_hours_are_refused_with_the_least_that_works(task: Task) -> None:
+def test_too_few_hours_are_refused_with_the_least_that_works(task: BudgetRequest) -> None:
     with pytest.raises(InputProblems, match="the least that is of use") as error:
         choose(replace(task, hours=0.02), speed)
     [hours] = re.findall(r"give --hours ([\d.]+)", str(error.value))
@@ -144,7 +144,7 @@ def test_too_few_hours_are_refused_with_the_least_that_works(task: Task) -> None
 
 
 @pytest.mark.parametrize(("split", "missing"), [("test", "train"), ("train", "val")])
-def test_a_run_needs_masks_to_train_on_and_masks_to_sample(task: Task, split: str, missing: str) -> None:
+def test_a_run_needs_masks_to_train_on_and_masks_to_sample(task: BudgetRequest, split: str, missing: str) -> None:
     assert task.data_set.split_problems() == []
     alone = replace(task.data_set, cases=tuple(replace(case, split=split) for case in task.data_set.cases))
     (problem,) = alone.split_problems()
@@ -154,7 +154,7 @@ def test_a_run_needs_masks_to_train_on_and_masks_to_sample(task: Task, split: st
     assert "sample.split" in str(problem), "the configuration names a split without masks"
 
 
-def test_what_is_given_is_kept(task: Task) -> None:
+def test_what_is_given_is_kept(task: BudgetRequest) -> None:
     given = {
         "train": {"num_images": 800, "lr": 0.5},
         "sample": {"num": 2},

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from data_shards.ingest.cases import Case
 from data_shards.ingest.layouts.base import StemOf, patient_of
 from data_shards.ingest.layouts.tables import split_of_word
-from data_shards.ingest.modality import meant
+from data_shards.ingest.modality import parse_modalities
 from data_shards.ingest.splits import MOST_SCANS
 from data_shards.modalities import in_order
 from data_shards.problems import Problem
@@ -207,7 +207,7 @@ def _meanings(image: _File, words: _Words) -> Iterator[tuple[_Words, str]]:
     if words[-1:] == (_FIRST_CHANNEL,):
         yield words[:-1], ""
     piece = _LAST_PIECE.search(image.name)
-    named, last = (meant(piece[0]), _case_words(piece[0])) if piece else (set(), ())
+    named, last = (parse_modalities(piece[0]), _case_words(piece[0])) if piece else (set(), ())
     if len(named) == 1 and last and words[-len(last) :] == last:
         yield words[: -len(last)], next(iter(named))
 
