@@ -110,7 +110,7 @@ class BudgetRequest:
 class Candidate:
     """A recipe for this data set, with batches that fit into the memory."""
 
-    task: BudgetRequest
+    request: BudgetRequest
     recipe: str
     experiment: Experiment
     speed: Speed
@@ -119,7 +119,7 @@ class Candidate:
     def num_slices(self) -> dict[str, int]:
         """By split."""
         splits = {"train", "val", self.experiment.sample.split}
-        return {one: self.task.data_set.num_slices(self.experiment.prepare, one) for one in splits}
+        return {one: self.request.data_set.num_slices(self.experiment.prepare, one) for one in splits}
 
     @property
     def more_images(self) -> int:
@@ -143,7 +143,7 @@ class Candidate:
     def prepare_s(self) -> float:
         """Volumes are read as a whole, of however many slices."""
         prepare = self.experiment.prepare
-        slices = self.task.data_set.cost(prepare)[1] * prepare.slice_stride
+        slices = self.request.data_set.cost(prepare)[1] * prepare.slice_stride
         return slices / (_PREPARED_A_SECOND * prepare.workers.num_on_cores)
 
     @property
@@ -163,7 +163,7 @@ class Candidate:
     @cached_property
     def lengths(self) -> dict[str, Length]:
         """What may be chosen."""
-        experiment, task = self.experiment, self.task
+        experiment, request = self.experiment, self.request
         part = _LEAST_PART.get(self.recipe, _USUAL_PART)
         most = _MOST_PASSES * self.num_slices["train"]
         masks = max(1, self.num_slices[experiment.sample.split])
@@ -174,10 +174,10 @@ class Candidate:
         found = {}
         for name, (key, config, seconds) in trained.items():
             least = _whole(part * config.num_images, config.global_batch_size)
-            ends = (config.num_images,) * 2 if key in task.kept else (least, max(config.num_images, most))
+            ends = (config.num_images,) * 2 if key in request.kept else (least, max(config.num_images, most))
             found[name] = Length(*ends, _SHARES[name], _STEP * seconds)
         ends = (min(_LEAST_MASKS, masks), masks)
-        if "sample.num" in task.kept:
+        if "sample.num" in request.kept:
             ends = (min(masks, experiment.sample.num or masks),) * 2
         return found | {"masks": Length(*ends, _SHARES["masks"], self.sampled_s + self.evaluated_s)}
 
@@ -188,7 +188,7 @@ class Candidate:
 
     def chosen(self) -> Experiment | None:
         """The configuration; None if the hours are too few."""
-        numbers = fit(self.task.seconds - self.fixed_s, self.lengths)
+        numbers = fit(self.request.seconds - self.fixed_s, self.lengths)
         if numbers is None:
             return None
         changes = {
@@ -196,7 +196,7 @@ class Candidate:
             "segmenter": {"train": _timed(self.experiment.segmenter.train, numbers["segmenter"])},
             "sample": {"num": numbers["masks"]},
         }
-        return validate(Experiment, merge(merge(as_dict(self.experiment), changes), self.task.given), "plan")
+        return validate(Experiment, merge(merge(as_dict(self.experiment), changes), self.request.given), "plan")
 
 
 @dataclass(frozen=True)
@@ -232,19 +232,19 @@ def measured(experiment: Experiment, networks: Networks, device: torch.device) -
     return Speed(**found)
 
 
-def choose(task: BudgetRequest, measure: Measure = measured) -> tuple[Candidate, Experiment]:
+def choose(request: BudgetRequest, measure: Measure = measured) -> tuple[Candidate, Experiment]:
     """The best recipe that fits, and the configuration made from it. Raises InputProblems if none does."""
-    device = task.machine.device
-    names = (_ON_GPU if device.type == "cuda" else _ON_CPU) if task.recipe is None else (task.recipe,)
+    device = request.machine.device
+    names = (_ON_GPU if device.type == "cuda" else _ON_CPU) if request.recipe is None else (request.recipe,)
     too_long: list[Candidate] = []
     for name in names:
         is_last = name == names[-1]
-        experiment, networks = _fitted(task, _adapted(task, name))
-        found = partial(_memory_problems, experiment, networks, task.machine.capacity)
+        experiment, networks = _fitted(request, _adapted(request, name))
+        found = partial(_memory_problems, experiment, networks, request.machine.capacity)
         if problems := found():
             refuse(problems if is_last and not too_long else [])
             continue
-        candidate = Candidate(task, name, experiment, measure(experiment, networks, device))
+        candidate = Candidate(request, name, experiment, measure(experiment, networks, device))
         if (chosen := candidate.chosen()) is not None:
             return candidate, chosen
         too_long.append(candidate)
@@ -252,7 +252,7 @@ def choose(task: BudgetRequest, measure: Measure = measured) -> tuple[Candidate,
     hours = least.least_s / _USED / 3600
     numbers = {name: one.least for name, one in least.lengths.items()}
     value = (
-        f"{task.hours:g}, and the least that is of use needs {math.ceil(hours * 100) / 100:g} ({least.recipe}: "
+        f"{request.hours:g}, and the least that is of use needs {math.ceil(hours * 100) / 100:g} ({least.recipe}: "
         f"the segmenter on {numbers['segmenter']:,} images, the denoiser on {numbers['denoiser']:,}, "
         f"{numbers['masks']:,} masks sampled)"
     )
@@ -266,9 +266,9 @@ def _rounded_up(hours: float) -> str:
     return f"{(int(hours / step) + 1) * step:g}"
 
 
-def _adapted(task: BudgetRequest, recipe: str) -> Experiment:
+def _adapted(request: BudgetRequest, recipe: str) -> Experiment:
     """The recipe for this data set, with the given values."""
-    data_set, device = task.data_set, task.machine.device
+    data_set, device = request.data_set, request.machine.device
     values = merge(as_dict(Experiment()), read_yaml(find_config(recipe)))
     own: dict[str, Any] = {
         "sample": {"split": data_set.sampled_split, "num": None},
@@ -278,18 +278,18 @@ def _adapted(task: BudgetRequest, recipe: str) -> Experiment:
         own["sample"]["cross_modality_masks"] = 0
     if not set(values["loader"]["mix"] or {}) <= set(data_set.present):
         values["loader"]["mix"] = {}
-    if "prepare.axes" in task.kept:
-        own["loader"] = {"axes": task.given["prepare"]["axes"]}
-    values = merge(merge(values, own), task.given) | dict(task.paths)
+    if "prepare.axes" in request.kept:
+        own["loader"] = {"axes": request.given["prepare"]["axes"]}
+    values = merge(merge(values, own), request.given) | dict(request.paths)
     for section in (values["train"], values["segmenter"]["train"]):
         section["precision"] = settled(section["precision"], device)
     return validate(Experiment, values, "plan")
 
 
-def _fitted(task: BudgetRequest, experiment: Experiment) -> tuple[Experiment, Networks]:
+def _fitted(request: BudgetRequest, experiment: Experiment) -> tuple[Experiment, Networks]:
     """The experiment with micro-batches that fit into the memory, if any do, and numbers of workers."""
-    networks = Networks.of(experiment, task.data_set, task.machine.device)
-    fitting = partial(_fitting, capacity=task.machine.capacity)
+    networks = Networks.of(experiment, request.data_set, request.machine.device)
+    fitting = partial(_fitting, capacity=request.machine.capacity)
     segmenter = experiment.segmenter
     changes = {
         "train": fitting("train", networks.denoiser, experiment.train),
@@ -300,7 +300,7 @@ def _fitted(task: BudgetRequest, experiment: Experiment) -> tuple[Experiment, Ne
         "sample": {"num_workers": experiment.sample.workers.pool().num_workers},
         "evaluate": {"num_workers": experiment.evaluate.workers.pool().num_workers},
     }
-    return validate(Experiment, merge(merge(as_dict(experiment), changes), task.given), "plan"), networks
+    return validate(Experiment, merge(merge(as_dict(experiment), changes), request.given), "plan"), networks
 
 
 def _fitting(

@@ -29,13 +29,13 @@ class Row:
 
 def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
     """A row a stage. `experiment`: as it was made from the candidate."""
-    task = candidate.task
-    networks = Networks.of(experiment, task.data_set, task.machine.device)
+    request = candidate.request
+    networks = Networks.of(experiment, request.data_set, request.machine.device)
     prepare, sample = experiment.prepare, experiment.sample
     pixels = prepare.size**2
-    volumes, slices = task.data_set.cost(prepare)
+    volumes, slices = request.data_set.cost(prepare)
     images = (sample.num or 0) + candidate.more_images
-    on_gpu = task.machine.device.type == "cuda"
+    on_gpu = request.machine.device.type == "cuda"
     workers = {name: getattr(experiment, name).num_workers or 1 for name in ("prepare", "sample", "evaluate")}
     torch_bytes = LEAST_BYTES_WITH_TORCH
     found = {
