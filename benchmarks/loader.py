@@ -176,24 +176,8 @@ def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).mkdir(exist_ok=True)
-    pixels, step = SIZE * SIZE, 2 * (SIZE * SIZE + 1024) + 2048
-    index_N = np.arange(num)
-    within_N = index_N % samples_per_shard
-    columns: dict[str, Any] = {
-        "slice_index": index_N % 400,
-        "intensity_scale": np.full(num, 2.0),
-        "intensity_offset": np.full(num, -256.0),
-        "labelled": np.ones(num, bool),
-        "bits": np.full(num, 8),
-    }
-    for number, part in enumerate(("image", "mask")):
-        columns |= {
-            f"{part}_file": index_N // samples_per_shard,
-            f"{part}_offset": within_N * step + 640 + number * (pixels + 640),
-            f"{part}_bytes": np.full(num, pixels),
-            f"{part}_crc32c": index_N % 2**32,
-        }
-    columns |= {"edge_file": np.full(num, -1), **{f"edge_{n}": np.zeros(num) for n in ("offset", "bytes", "crc32c")}}
+    step = 2 * (SIZE * SIZE + 1024) + 2048
+    columns = _fake_columns(num, samples_per_shard, step)
     arrays = [_fake_column(field, columns, num) for field in samples_table.schema()]
     samples_table.write(pa.Table.from_arrays(arrays, schema=samples_table.schema()), folder / f"{SAMPLES}.unfinished")
     assert (MODALITIES, AXES[0], SPLITS[0]) == (("CT", "MR"), "axial", "train")
@@ -221,6 +205,30 @@ def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
         "failed": [],
     }
     write_index(folder, header, entries, [], num)
+
+
+def _fake_columns(num: int, samples_per_shard: int, step: int) -> dict[str, Any]:
+    """The columns of samples.arrow that are no dictionaries; a sample takes `step` bytes of a tar."""
+    pixels, index_N = SIZE * SIZE, np.arange(num)
+    within_N = index_N % samples_per_shard
+    columns: dict[str, Any] = {
+        "slice_index": index_N % 400,
+        "intensity_scale": np.full(num, 2.0),
+        "intensity_offset": np.full(num, -256.0),
+        "labelled": np.ones(num, bool),
+        "bits": np.full(num, 8),
+    }
+    for number, part in enumerate(("image", "mask")):
+        columns |= {
+            f"{part}_file": index_N // samples_per_shard,
+            f"{part}_offset": within_N * step + 640 + number * (pixels + 640),
+            f"{part}_bytes": np.full(num, pixels),
+            f"{part}_crc32c": index_N % 2**32,
+        }
+    return columns | {
+        "edge_file": np.full(num, -1),
+        **{f"edge_{n}": np.zeros(num) for n in ("offset", "bytes", "crc32c")},
+    }
 
 
 def _fake_column(field: Any, columns: dict[str, Any], num: int) -> Any:

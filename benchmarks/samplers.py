@@ -73,6 +73,15 @@ def is_as_good(scored: Scored, reference: Scored) -> bool:
     )
 
 
+def limits_of(reference: Scored) -> dict[str, float]:
+    """What a sampler must reach to be as good."""
+    return {
+        "dice": reference.dice - DICE_MARGIN,
+        "distance": reference.distance * (1 + DISTANCE_MARGIN),
+        "sharpness": reference.sharpness - SHARPNESS_MARGIN,
+    }
+
+
 def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
     """The row of one sampler in the table and in the JSON."""
     difference = scorer.difference(scored, reference)
@@ -116,6 +125,12 @@ def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
         good = [row for row in rows if row["solver"] == solver and row["is_as_good"]]
         found[solver] = min(good, key=lambda row: row["evaluations"], default=None)
     return found
+
+
+_HEADER = (
+    f"{'solver':<17} {'steps':>5} {'shift':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} "
+    f"{'distance':>8} {'/ ref':>7} {'sharpness':>9} {'finest':>7} {'as good':>7}"
+)
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -177,35 +192,23 @@ def main() -> int:
     reference_config = reference_of(shared, scorer.diffusion)
     reference = scorer.score(reference_config)
     rows = [row_of(scorer, reference, reference)]
-    print(
-        f"\n{'solver':<17} {'steps':>5} {'shift':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} ",
-        end="",
-    )
-    print(
-        f"{'distance':>8} {'/ ref':>7} {'sharpness':>9} {'finest':>7} {'as good':>7}\n{row_text(rows[0])}", flush=True
-    )
+    print(f"\n{_HEADER}\n{row_text(rows[0])}", flush=True)
     samplers = {}
     for sampler in tried(args, shared, scorer.diffusion):
         rows.append(row_of(scorer, scorer.score(sampler), reference))
         samplers[row_key(rows[-1])] = sampler
         print(row_text(rows[-1]), flush=True)
 
-    chosen = fewest(rows)
-    contenders = {"DDIM, 50 steps": reference_config, "preset fast": replace(shared, preset="fast")}
+    chosen, fast = fewest(rows), replace(shared, preset="fast")
+    contenders = {"DDIM, 50 steps": reference_config, "preset fast": fast}
     for solver, row in chosen.items():
         if row is not None:
             contenders[f"{solver}, {row['num_steps']} steps"] = samplers.get(row_key(row), reference_config)
     rates = time_in_turns(scorer, contenders, rounds)
     first, *others = contenders
     ratios = [compare(rates, name, first, TARGET if name == "preset fast" else None) for name in others]
-    by_evaluations = num_evaluations(reference_config, scorer.diffusion) / num_evaluations(
-        replace(shared, preset="fast"), scorer.diffusion
-    )
-    limits = {
-        "dice": reference.dice - DICE_MARGIN,
-        "distance": reference.distance * (1 + DISTANCE_MARGIN),
-        "sharpness": reference.sharpness - SHARPNESS_MARGIN,
-    }
+    by_evaluations = num_evaluations(reference_config, scorer.diffusion) / num_evaluations(fast, scorer.diffusion)
+    limits = limits_of(reference)
     result |= {
         "measured_on": scorer.measured_on,
         "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN, "sharpness": SHARPNESS_MARGIN},

@@ -281,10 +281,25 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
     """The shard sets and the segmenter, of a phantom where no archive is given; False where time ran out before. The
     archive may be a shard set itself, which is linked and has no copy without body."""
     config = data / "data.yaml"
-    source = archive or data / "phantom"
+    write_atomic(config, to_yaml(_data_settings(data, archive, scale, threads)))
+    stages = ["prepare", "train-segmenter"] if archive else ["phantom", "prepare", "train-segmenter"]
+    if is_set := archive is not None and (archive / "index.json").is_file():
+        stages = ["train-segmenter"]
+        if not (data / "shards").exists():
+            (data / "shards").symlink_to(archive)
+    for stage in stages:
+        if not segdiff(stage, config, data / f"{stage}.log", deadline, threads):
+            return False
+    if not is_set and not (data / "shards_without_body" / "index.json").is_file():
+        forget_body(data / "shards", data / "shards_without_body")
+    return True
+
+
+def _data_settings(data: Path, archive: Path | None, scale: Scale, threads: int) -> Settings:
+    """The configuration of the shard set and of the segmenter."""
     train_patients, val_patients, test_patients = scale.patients
-    settings: Settings = {
-        "amos_root": str(source),
+    return {
+        "amos_root": str(archive or data / "phantom"),
         "data": str(data / "shards"),
         "run": str(data / "segmenter"),
         "phantom": {"num_train": train_patients, "num_val": val_patients, "num_test": test_patients},
@@ -317,18 +332,6 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
         },
         "tracking": {"enabled": False},
     }
-    write_atomic(config, to_yaml(settings))
-    stages = ["prepare", "train-segmenter"] if archive else ["phantom", "prepare", "train-segmenter"]
-    if is_set := archive is not None and (archive / "index.json").is_file():
-        stages = ["train-segmenter"]
-        if not (data / "shards").exists():
-            (data / "shards").symlink_to(archive)
-    for stage in stages:
-        if not segdiff(stage, config, data / f"{stage}.log", deadline, threads):
-            return False
-    if not is_set and not (data / "shards_without_body" / "index.json").is_file():
-        forget_body(data / "shards", data / "shards_without_body")
-    return True
 
 
 def segdiff(stage: str, config: Path, log: Path, deadline: float = NEVER, threads: int = 1) -> bool:

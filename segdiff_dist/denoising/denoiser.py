@@ -187,15 +187,7 @@ class Denoiser(nn.Module):
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
         x_BCHW = x_t_BCHW.to(dtype)
         if self.reads_mask:
-            shown = (mask_BHW, dtype, edge_B2HW)
-            if self.control is not None:  # which reads it in the base's place
-                shown = (torch.full_like(mask_BHW, NULL_MASK), dtype, None)
-            mask_BKHW = self.mask_encoder(*shown)
-            if self.space is not None:
-                mask_BKHW = self.space.pooled(mask_BKHW)
-            if self.spade is not None:
-                self.spade.read(mask_BKHW)
-            x_BCHW = self.mask_join(x_BCHW, mask_BKHW)
+            x_BCHW = self._with_mask(x_BCHW, mask_BHW, edge_B2HW)
         if self.level is not None:
             assert low_B1hw is not None
             assert level_B is not None
@@ -213,6 +205,19 @@ class Denoiser(nn.Module):
         if self.head is not None:
             y_BCHW = self.head(F.pixel_shuffle(y_BCHW, self.config.stem), x_t_BCHW.to(dtype))
         return y_BCHW.float()
+
+    def _with_mask(self, x_BCHW: Tensor, mask_BHW: Tensor, edge_B2HW: Tensor | None) -> Tensor:
+        """x with the encoded mask joined to it, or given to SPADE's norms."""
+        shown = (mask_BHW, x_BCHW.dtype, edge_B2HW)
+        if self.control is not None:  # which reads it in the base's place
+            shown = (torch.full_like(mask_BHW, NULL_MASK), x_BCHW.dtype, None)
+        mask_BKHW = self.mask_encoder(*shown)
+        if self.space is not None:
+            mask_BKHW = self.space.pooled(mask_BKHW)
+        if self.spade is not None:
+            self.spade.read(mask_BKHW)
+        joined_BCHW: Tensor = self.mask_join(x_BCHW, mask_BKHW)
+        return joined_BCHW
 
     def _controlled(
         self,

@@ -165,7 +165,7 @@ def plan(
     shards = ShardSet.open(evaluated.job["shards"])
     with reading(evaluated.path / JOB, "the description of a job", "sample again"):
         split = config.split or evaluated.job["sample"]["split"]
-    segmenter, sample = sections.segmenter, sections.sample
+    segmenter = sections.segmenter
     train = replace(
         segmenter.train,
         num_images=config.num_images or segmenter.train.num_images,
@@ -176,29 +176,34 @@ def plan(
         shards,
         config,
         sections.diffusion,
-        replace(
-            sample,
-            precision=evaluated.job["sample"].get("precision", sample.precision),
-            split="train",
-            masks=None,
-            num=config.num_masks,
-            samples_per_mask=config.images_per_mask,
-            diverse_masks=None,
-            cross_modality_masks=0,
-            target_modality="same",
-            out=run.resolve() / FOLDER / _SAMPLES,
-        ),
+        _training_images(run, evaluated, config, sections.sample),
         replace(segmenter, train=train),
         # A mix would name groups of the real set alone. No crop: the set must have the size of the model's images.
         replace(sections.loader, mix={}, crop_size=None),
         split,
         interval,
         # The threads of the sample section, since rounding depends on their number.
-        replace(sections.workers, threads_per_worker=sample.threads_per_worker, most_on_cpu=None),
+        replace(sections.workers, threads_per_worker=sections.sample.threads_per_worker, most_on_cpu=None),
     )
     refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
     refuse(_memory_problems(made))
     return made
+
+
+def _training_images(run: Path, evaluated: SampleStore, config: DownstreamConfig, sample: SampleConfig) -> SampleConfig:
+    """The settings of the generated images to train on: of the train split's masks, each in its own modality."""
+    return replace(
+        sample,
+        precision=evaluated.job["sample"].get("precision", sample.precision),
+        split="train",
+        masks=None,
+        num=config.num_masks,
+        samples_per_mask=config.images_per_mask,
+        diverse_masks=None,
+        cross_modality_masks=0,
+        target_modality="same",
+        out=run.resolve() / FOLDER / _SAMPLES,
+    )
 
 
 def _problems(made: Downstream, size: int) -> Iterator[Problem]:
