@@ -102,13 +102,6 @@ def render(
             varied=varied,
             varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
             provenance=_lines(summary["provenance"]),
-            downstream=downstream,
-            shared_terms="" if downstream is None else shared_terms(downstream),
-            downstream_modalities=in_order(
-                m for arm in (downstream or {"arms": ()})["arms"] for m in arm["by_modality"]
-            ),
-            is_other_model=downstream is not None
-            and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
             top_metrics=[name for name in (*headline_metrics(groups), *_FURTHER_CARDS) if name in shown],
             mark=MARK,
             is_unreliable=is_unreliable,
@@ -119,8 +112,22 @@ def render(
             memorised=summary.get("trust", {}).get("memorisation"),
             percent="{:.1%}".format,
             trust_warnings=warnings(summary) if "trust" in summary else [],
+            **_downstream_values(downstream, summary),
         )
     )
+
+
+def _downstream_values(downstream: dict[str, Any] | None, summary: dict[str, Any]) -> dict[str, Any]:
+    """The template's values on trainings with generated images; `is_other_model`: those of another model's images."""
+    values: dict[str, Any] = {"downstream": downstream, "shared_terms": "", "downstream_modalities": ()}
+    if downstream is None:
+        return values | {"is_other_model": False}
+    made_by = summary["provenance"]["sample_job"].get("weights_digest")
+    return values | {
+        "shared_terms": shared_terms(downstream),
+        "downstream_modalities": in_order(m for arm in downstream["arms"] for m in arm["by_modality"]),
+        "is_other_model": downstream["settings"]["weights_digest"] != made_by,
+    }
 
 
 def _of_kind(tables: list[Table], kind: str) -> list[Table]:
