@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, FROM_A_PERSON, is_address
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, FROM_A_PERSON, is_address, url_of
 from data_shards.files import write_atomic
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.prepare_config import PrepareConfig
@@ -99,8 +99,8 @@ class Experiment:
     def path(self, name: str) -> Path:
         """The same, which must be on this machine."""
         value = self.given(name)
-        if "://" in value:
-            raise problem("command line", name, value, "give a folder on this machine")
+        if (url := url_of(value)) is not None:
+            raise problem("command line", name, url, "give a folder on this machine")
         return Path(value)
 
 

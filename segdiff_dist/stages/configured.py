@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
 import tyro
 
-from data_shards.field_source import is_address
+from data_shards.field_source import is_address, url_of
 from data_shards.problems import OutOfSpace, out_of_space, problem, refuse
 from segdiff_dist.config import as_dict, to_yaml, validate
 from segdiff_dist.experiment import CONFIG_FILE, Experiment, Withheld, collect, load_experiment, value_of
@@ -102,8 +102,8 @@ class ConfiguredStage(Stage):
     def path(self, key: str) -> Path:
         """The same, which must be on this machine."""
         value = self.given(key)
-        if "://" in value:
-            raise problem("command line", self.label(key), value, "give a folder on this machine")
+        if (url := url_of(value)) is not None:
+            raise problem("command line", self.label(key), url, "give a folder on this machine")
         return Path(value)
 
     @classmethod

@@ -93,6 +93,17 @@ def test_what_is_missing_is_said_before_work_starts(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_is_on_this_machine(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pathlib makes one slash of two: a run in the folder `s3:` here is not what was asked for."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "sample", "evaluate"):
+        assert main([command, "--run", "s3://bucket/run", "--data", str(shapes), "--dry-run"]) == 2
+        assert "--run: s3://bucket/run; give a folder on this machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

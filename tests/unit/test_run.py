@@ -23,7 +23,7 @@ from data_shards.ingest.prepare import PrepareConfig, check
 from data_shards.problems import InputProblems
 from segdiff_dist import cli
 from segdiff_dist.budget import choose as choose_module
-from segdiff_dist.budget.choose import Machine, Networks, Speed, BudgetRequest, choose, measured
+from segdiff_dist.budget.choose import BudgetRequest, Machine, Networks, Speed, choose, measured
 from segdiff_dist.budget.data_set import DataSet
 from segdiff_dist.budget.lengths import Length, fit, least_seconds
 from segdiff_dist.budget.rows import rows_of
