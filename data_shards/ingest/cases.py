@@ -74,7 +74,7 @@ class Case:
         return [file for file in (self.image, self.label, *(file for _, file in self.organs)) if file is not None]
 
     def without_split(self) -> Case:
-        """The case in a split."""
+        """The same case, in no split."""
         return replace(self, split="")
 
 

@@ -111,7 +111,7 @@ class PrepareConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """The workers."""
+        """How many workers there are, and where they run."""
         return WorkersConfig("prepare", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "prepare") -> list[Problem]:

@@ -51,7 +51,7 @@ class Survey:
 
     @property
     def layout(self) -> str:
-        """Its name."""
+        """The name of the folder's layout."""
         return self.recognised.layout.name
 
     @property

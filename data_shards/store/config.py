@@ -38,7 +38,7 @@ class ConvertConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """The workers."""
+        """How many workers there are, and where they run."""
         return WorkersConfig("convert", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "convert") -> list[Problem]:

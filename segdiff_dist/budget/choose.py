@@ -102,7 +102,7 @@ class BudgetRequest:
 
     @property
     def seconds(self) -> float:
-        """To plan for."""
+        """Seconds to plan for: not all of the hours (_USED)."""
         return _USED * 3600 * self.hours
 
 
@@ -117,7 +117,7 @@ class Candidate:
 
     @cached_property
     def num_slices(self) -> dict[str, int]:
-        """By split."""
+        """Slices by split: those of training, of validation and of the masks to sample."""
         splits = {"train", "val", self.experiment.sample.split}
         return {one: self.request.data_set.num_slices(self.experiment.prepare, one) for one in splits}
 
@@ -208,7 +208,7 @@ class Networks:
 
     @classmethod
     def of(cls, experiment: Experiment, data_set: DataSet, device: torch.device) -> Networks:
-        """Those of an experiment."""
+        """The networks of an experiment, on slices of this data set."""
         side = experiment.loader.crop_size or experiment.prepare.size
         return cls(
             segmenter_network(experiment.segmenter, data_set, side),

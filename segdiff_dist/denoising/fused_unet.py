@@ -162,7 +162,7 @@ class _Counters:
     """The counters of the norms' kernels: set to zero once a pass instead of once a kernel."""
 
     def __init__(self, most_channels: int) -> None:
-        """Of a norm."""
+        """`most_channels`: of any norm of the net."""
         self.zeros: Tensor | None = None
         self._most_channels = most_channels
 

@@ -11,7 +11,7 @@ _FORM = "multipart/form-data"
 
 
 def api_page(openapi: dict[str, Any]) -> str:
-    """HTML."""
+    """The page as HTML. `openapi`: the application's description."""
     return _template().render(info=openapi["info"], routes=_routes(openapi))
 
 

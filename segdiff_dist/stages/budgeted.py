@@ -79,14 +79,14 @@ class Budgeted(ConfiguredStage):
 
     @property
     def folder(self) -> Path:
-        """The folder of everything."""
+        """The folder of everything that the plan makes."""
         if self.out is None:
             return Path("runs") / self.path("amos_root").resolve().name
         return self.out.with_suffix("") if self.out.suffix in _YAML else self.out
 
     @property
     def file(self) -> Path:
-        """The plan."""
+        """The file of the plan."""
         return self.out if self.out is not None and self.out.suffix in _YAML else self.folder / PLAN
 
     def kept(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Checked:
 
     @property
     def store(self) -> SampleStore:
-        """The samples."""
+        """The store of the samples that are measured."""
         return self.subject.store
 
 

@@ -93,7 +93,7 @@ class EvaluateConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """The workers."""
+        """How many workers there are, and where they run."""
         device, address = self.device, self.ray_address
         most, least_bytes = _MOST_DEFAULT_WORKERS, LEAST_BYTES_WITH_TORCH
         return WorkersConfig("evaluate", self.num_workers, 1, device, address, most, least_bytes)
