@@ -167,11 +167,11 @@ def test_of_nnu_net_s_folder_the_files_of_its_ending_are_read(tmp_path: Path) ->
     (root / "labelsTr/notes.txt").write_text("no volume")
     found = check(root, tmp_path / "set", replace(CONFIG, **settings))
     assert [case.case_id for case in found.cases] == ["p1_1", "p1_2", "p2_1", "p3_1"]
-    notes = [note for note in found.survey.notes if "do not end in .nii.gz" in note]
+    notes = [note for note in found.survey.notes if "another ending" in note]
     assert [note.split("; ")[0] for note in notes] == [
-        "2 files in imagesTr do not end in .nii.gz: p1_1_0001.nii, p9_1_0001.nii",
-        "1 files in labelsTr do not end in .nii.gz: p1_1.png",
-        "1 files in imagesTs do not end in .nii.gz: p3_1_0001.mha",
+        "2 files in imagesTr of another ending than .nii.gz: p1_1_0001.nii, p9_1_0001.nii",
+        "1 file in labelsTr of another ending than .nii.gz: p1_1.png",
+        "1 file in imagesTs of another ending than .nii.gz: p3_1_0001.mha",
     ]
     edit(root, file_ending=".nrrd")
     problems = find_problems(root, tmp_path / "set", replace(CONFIG, **settings))

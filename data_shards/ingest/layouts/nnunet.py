@@ -36,6 +36,7 @@ from data_shards.ingest.modality import find_modalities
 from data_shards.ingest.pictures import is_picture, picture_stem, unstated_spacing
 from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem, refuse
+from data_shards.wording import in_words
 
 SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
@@ -205,8 +206,8 @@ def _ending_notes(root: Path, content: dict[str, Any]) -> Iterator[str]:
     ending = content.get("file_ending")
     for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         if files := _of_other_endings(root / name, content):
-            found = f"{len(files):,} files in {name} do not end in {ending}: {_some(files)}"
-            yield f"{found}; they are not read, as nnU-Net would not read them"
+            found = f"{in_words(len(files), 'file')} in {name} of another ending than {ending}: {_some(files)}"
+            yield f"{found}; not read, since nnU-Net would ignore them"
 
 
 def _of_other_endings(folder: Path, content: dict[str, Any]) -> list[str]:
