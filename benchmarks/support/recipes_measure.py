@@ -129,7 +129,8 @@ def _sample(scored: Scored, scale: Scale, shards: Any, items: list[dict[str, Any
     from segdiff_dist.denoising.denoiser import Denoiser
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.experiment import load_experiment
-    from segdiff_dist.sampling.worker import generate, item_conditions
+    from segdiff_dist.sampling.generation import generate
+    from segdiff_dist.sampling.worker import item_conditions
 
     model = Denoiser.load(scored.run.folder / "weights" / str(scored.images) / scored.weights)
     diffusion = load_experiment(scored.run.folder / "config.yaml", None).diffusion

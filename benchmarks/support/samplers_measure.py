@@ -25,9 +25,10 @@ from segdiff_dist.denoising.schedule import as_trained
 from segdiff_dist.evaluation.metrics import estimates, frechet, overlaps
 from segdiff_dist.experiment import load_experiment
 from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.generation import generate
 from segdiff_dist.sampling.items import list_items
 from segdiff_dist.sampling.job import weights_digest
-from segdiff_dist.sampling.worker import generate, item_conditions
+from segdiff_dist.sampling.worker import item_conditions
 from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_dist.spectra import band_powers, power_ratios, sharpness
 

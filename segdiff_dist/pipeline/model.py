@@ -22,8 +22,9 @@ from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, description_of, net_of, trained_process
 from segdiff_dist.ranks.distributed import pick_device
+from segdiff_dist.sampling.batch_size import batch_size_of, memory_bytes
 from segdiff_dist.sampling.config import LEAST_BATCH
-from segdiff_dist.sampling.worker import PassOptions, batch_size_of, generate, memory_bytes
+from segdiff_dist.sampling.generation import PassOptions, generate
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,10 +18,11 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.generation import generate
 from segdiff_dist.sampling.items import list_items
 from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.store import SampleStore
-from segdiff_dist.sampling.worker import generate, item_conditions
+from segdiff_dist.sampling.worker import item_conditions
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,7 @@ from segdiff_dist.denoising.conditioning import NUM_CLASSES
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.network_shapes import denoiser_network
-from segdiff_dist.sampling.worker import batch_size_for
+from segdiff_dist.sampling.batch_size import batch_size_for
 from segdiff_dist.training.throughput import count_flops
 
 SMALL = DenoiserConfig(

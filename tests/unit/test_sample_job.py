@@ -19,11 +19,11 @@ from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.sampling.batch_size import batch_size_for
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.plan import plan
 from segdiff_dist.sampling.store import SampleStore
-from segdiff_dist.sampling.worker import batch_size_for
 
 LIVER, SPLEEN, BODY = 6, 1, 16
 
