@@ -98,7 +98,8 @@ def find_labelling(
         if names is None or label_set == "wholebody":
             return default, []
         if not names:
-            remedy = "name them in a table, names: {1: liver, 2: spleen} (--prepare.labels TABLE.yaml)"
+            remedy = "name them in a file TABLE.yaml of two lines, `name: mine` and `names: {1: liver, 2: spleen}`"
+            remedy += ", and give --prepare.labels TABLE.yaml"
             raise problem("labels", "names", "nothing names the classes of the label files", remedy)
         if label_set == AMOS.name and labels is None:
             return replace(_own(names), notes=_zero_notes(names)), []

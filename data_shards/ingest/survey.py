@@ -34,6 +34,8 @@ from data_shards.problems import Problem
 from data_shards.records import SPLITS
 
 _AMOS = "amos"
+# Fields of problems that a setting or a table solves.
+_UNSTATED = {"modality", "spacing"}
 _MOST_NAMES = 5
 
 
@@ -92,7 +94,8 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     problems = list(listing.problems)
     if not has_table(config.labels):
         problems += listing.problems_with_names
-    problems += [] if problems else wrong
+    # What nothing states is said at once; other problems may be the reason that nothing names the classes.
+    problems += wrong if all(one.field in _UNSTATED for one in problems) else []
     problems += [] if problems else _pictures_without_values(root, listing, config)
     problems += _alike_modalities(root, listing)
     problems += [] if skips else [one for found in bad.values() for one in found]

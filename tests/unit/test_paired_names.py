@@ -112,6 +112,16 @@ def test_splits_and_patients_by_folders(tmp_path: Path) -> None:
     )
 
 
+def test_folders_of_files_with_the_same_names_are_patients(tmp_path: Path) -> None:
+    for number in range(3):
+        for name in ("early", "late"):
+            _write(tmp_path / "data", f"p{{n}}/{name}", f"p{{n}}/{name}_seg", number)
+    found = _check(tmp_path / "data", modality="CT")
+    assert [(one.case_id, one.patient) for one in found.cases][:2] == [("p0_early", "p0"), ("p0_late", "p0")]
+    assert len({(one.patient, one.split) for one in found.cases}) == 3
+    assert found.survey.notes[0].startswith("the files of each of 3 folders count as one patient's, as those of p0; ")
+
+
 def test_names_that_say_no_pair_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for number in range(2):
@@ -153,3 +163,20 @@ def test_a_case_whose_number_looks_like_a_channel_keeps_it(tmp_path: Path) -> No
     for number in range(2):
         _write(tmp_path / "data", "imagesTr/word_000{n}", "labelsTr/word_000{n}", number)
     assert [one.case_id for one in _check(tmp_path / "data", modality="CT").cases] == ["word_0000", "word_0001"]
+
+
+def test_everything_that_nothing_states_is_said_at_once(tmp_path: Path) -> None:
+    """Modality, classes, and of pictures the spacing: a newcomer gives all of them in the second attempt."""
+    for number in range(2):
+        _write(tmp_path / "kits", *_KITS, number)
+        grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        for name, pixels in (("images", grey), ("masks", np.uint8(grey > 100))):
+            (tmp_path / "png" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / f"png/{name}/p{number}.png")
+    for root, fields in (
+        (tmp_path / "kits", ["modality", "names"]),
+        (tmp_path / "png", ["spacing", "modality", "names"]),
+    ):
+        with pytest.raises(InputProblems) as refused:
+            _check(root, labels=None)
+        assert [one.field for one in refused.value.problems] == fields

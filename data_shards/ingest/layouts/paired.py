@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -87,10 +87,13 @@ def paired_by_words(root: Path, stem_of: StemOf) -> Paired:
     problems = [problem for one in found for problem in one.problems(root)]
     if without := [str(one.below) for one in labels if one.below not in used]:
         value = f"{len(without)} without an image: {', '.join(without[:3])}"
-        remedy = "name image and label of a case alike, or list both in manifest.csv; merge a second label of an image"
+        remedy = (
+            "name image and label of a case alike, or list both in manifest.csv; merge a second label of an image, "
+        )
+        remedy += "or take it away"
         problems.append(Problem(str(root), "labels", value, remedy))
     cases = _cases(root, found)
-    notes = (*_unlabelled_notes(images, used), *_name_notes(found, cases))
+    notes = (*_unlabelled_notes(images, used), *_name_notes(found, cases), *_patient_notes(found))
     return Paired(tuple(cases), tuple(problems), notes)
 
 
@@ -247,29 +250,40 @@ def _distinct(found: list[_Pair]) -> list[str]:
 
 
 def _patients(found: list[_Pair], names: list[str]) -> list[str | None]:
-    """Images of several modalities are of one patient, and so are the few files of a folder that begin with its
-    number."""
-    in_folder = Counter(one.below.parent for one in found)
-    folders = {one.below.parent for one in found if _is_of_folder(one, in_folder)}
+    """Images of several modalities are of one patient, and so are the few files of a folder that is a patient's."""
+    folders = _patient_folders(found)
     is_clear = len({one.name for one in folders}) == len(folders)
-    return [
-        patient_of(name, None) or name
-        if pair.modality
-        else (pair.below.parent.name if is_clear else pair.below.parent.as_posix())
-        if pair.below.parent in folders
-        else None
-        for pair, name in zip(found, names, strict=True)
-    ]
+    patients: list[str | None] = []
+    for pair, name in zip(found, names, strict=True):
+        folder = pair.below.parent
+        if pair.modality:
+            patients.append(patient_of(name, None) or name)
+        else:
+            patients.append((folder.name if is_clear else folder.as_posix()) if folder in folders else None)
+    return patients
 
 
-def _is_of_folder(pair: _Pair, in_folder: Mapping[Path, int]) -> bool:
-    words = _case_words(pair.below.parent.name)
-    is_number = any(one.isdecimal() for one in words)
-    return is_number and 1 < in_folder[pair.below.parent] <= MOST_SCANS and _begins_with(pair.images[0], words)
+def _patient_folders(found: list[_Pair]) -> set[Path]:
+    """Folders of several pairs whose names begin with that of the folder, or are those of other folders' files."""
+    inside: dict[Path, list[_Words]] = {}
+    for one in found:
+        if not one.modality:
+            inside.setdefault(one.below.parent, []).append(one.images[0].name_words())
+    times = Counter(name for names in inside.values() for name in set(names))
+
+    def is_patient(folder: Path, names: list[_Words]) -> bool:
+        words = _case_words(folder.name)
+        is_number = any(one.isdecimal() for one in words)
+        begin = is_number and all(name[: len(words)] == words for name in names)
+        return 1 < len(names) <= MOST_SCANS and (begin or all(times[name] > 1 for name in names))
+
+    return {folder for folder, names in inside.items() if is_patient(folder, names)}
 
 
-def _begins_with(file: _File, words: _Words) -> bool:
-    return file.name_words()[: len(words)] == words
+def _patient_notes(found: list[_Pair]) -> Iterator[str]:
+    if folders := sorted(_patient_folders(found)):
+        what = f"the files of each of {len(folders)} folders count as one patient's, as those of {folders[0]}"
+        yield f"{what}; --prepare.patient or a manifest.csv says another"
 
 
 def _unlabelled_notes(images: list[_File], used: set[Path]) -> Iterator[str]:

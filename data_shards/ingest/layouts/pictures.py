@@ -32,7 +32,7 @@ from data_shards.ingest.layouts.folder import all_pairs, label_of_a_name, listin
 from data_shards.ingest.layouts.tables import stated_split
 from data_shards.ingest.pictures import Pixel, picture_stem, unstated_spacing
 from data_shards.labels import UNUSED
-from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem
 
 
 class Pictures(Layout):
@@ -63,12 +63,19 @@ class Pictures(Layout):
                 cases = [_stated(root, case, items, request) for case in cases]
                 problems += _missing(root, cases, items)
             names = _names(root)
-            refuse(unstated_spacing(root, [case.pixel for case in cases if case.pixel is not None]))
         except InputProblems as error:
             return Listing((), error.problems)
+        if unstated := unstated_spacing(root, [case.pixel for case in cases if case.pixel is not None]):
+            problems += unstated
+            cases = [_with_any_spacing(case) for case in cases]
         where = root if not (root / DATASET_FILE).is_file() else root / DATASET_FILE
         notes = tuple(_grey_notes(cases)) if items is not None else said
         return listing_of(root, request, (cases, problems), names, str(where), notes)
+
+
+def _with_any_spacing(case: Case) -> Case:
+    """The case, so that everything else about it is checked, too."""
+    return case if case.pixel is None else replace(case, pixel=replace(case.pixel, spacing_mm=(1.0, 1.0)))
 
 
 def _stated(root: Path, case: Case, items: dict[str, dict[str, str]], request: Request) -> Case:
