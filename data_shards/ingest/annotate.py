@@ -165,7 +165,7 @@ def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annota
 
 def _listing(root: Path, config: AnnotateConfig) -> Listing:
     """The cases of the folder, in the layout that it has."""
-    return recognise(root).read(root, Request(config.modalities, config.modality))
+    return recognise(root).read(root, Request(config.modalities, config.modality, unlabelled=True))
 
 
 def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str | None) -> AnnotateReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 _HTML = (b"<!doctype html", b"<html", b"<?xml")
 _GIT_LFS = b"version https://git-lfs"
 _GIT_ANNEX = (b"/annex/objects/", b"../.git/annex", b".git/annex")
+_GZIP = b"\x1f\x8b"
 _ZIP, _DICOM, _DICOM_AT = b"PK\x03\x04", b"DICM", 128
 _AGAIN = "download it again"
 
@@ -20,6 +21,8 @@ def foreign(start: bytes) -> tuple[str, str] | None:
         return "a pointer of Git LFS", "fetch the file itself: git lfs pull"
     if text.startswith(_GIT_ANNEX):
         return "a pointer of git-annex", "fetch the file itself: git annex get, or datalad get"
+    if start.startswith(_GZIP):
+        return "packed by gzip, perhaps twice", "unpack it once (gunzip)"
     if start.startswith(_ZIP):
         return "a zip", "unpack it"
     if start[_DICOM_AT : _DICOM_AT + len(_DICOM)] == _DICOM:

@@ -27,8 +27,7 @@ _FEWEST_BYTES_BEFORE_VOXELS = {348: 352, 540: 544}
 _MOST_BYTES_BEFORE_VOXELS = 64 * 2**20
 # A few writers pad their files. More bytes than this after the voxels are another file, or an attack.
 MOST_BYTES_BEHIND_VOXELS = 16 * 2**20
-# Deflate packs at most 258 bytes into two bits (RFC 1951): 1032 to 1.
-_MOST_DEFLATED = 1032
+_MOST_DEFLATED = 1032  # deflate packs at most 258 bytes into two bits (RFC 1951)
 # 1024 x 1024 x 2048: a whole body at 1 mm from a detector twice as fine as those in use.
 _MOST_VOXELS = 2**31
 # Codes of xyzt_units for space (nifti1.h). Writers often leave the unit out (0): the numbers are then millimetres.
@@ -160,6 +159,8 @@ def _read_header(file: Path) -> Any:
         with gzip.open(file, "rb") if is_packed(file) else file.open("rb") as content:
             block = content.read(max(_HEADER_BYTES))
     except (OSError, EOFError, zlib.error) as error:
+        if reason := getattr(error, "strerror", None):  # of the disk, and not of gzip
+            raise problem(file, "file", f"cannot be read ({reason})", "make it readable, or restore it") from error
         raise wrong(error) from error
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     size = next((n for n in _HEADER_BYTES if n in sizes), None)

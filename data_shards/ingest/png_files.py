@@ -83,7 +83,7 @@ def read_png_header(file: Path, sizes: Collection[int] | None, *, colours: bool 
         start = stream.read(33)
     kind = kind_of(start)
     if kind != "PNG":
-        raise problem(file, "PNG", *(foreign(start) or _another_kind(kind)))
+        raise problem(file, "PNG", *(_another_kind(kind) if kind else foreign(start) or _another_kind(None)))
     if len(start) < 33 or start[12:16] != b"IHDR" or zlib.crc32(start[12:29]) != int.from_bytes(start[29:33], "big"):
         raise _damaged(file, "its header is damaged")
     width, height = (int.from_bytes(start[at : at + 4], "big") for at in (16, 20))

@@ -170,6 +170,7 @@ def _request(config: PrepareConfig) -> Request:
         patient=config.patient if is_usable else None,
         draws_splits=config.split is not None,
         keep_ids=config.keep_dicom_ids,
+        unlabelled=config.label_set not in FROM_EXPERTS or config.unlabelled == "train",
         pixel_mm=config.pixel_mm if is_usable or config.pixel_mm is None else 1.0,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import tarfile
@@ -71,6 +72,7 @@ FOREIGN = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "a pointer of Git LFS); fetch the file itself",
     b"/annex/objects/MD5E-s1--0.nii.gz": "a pointer of git-annex); fetch the file itself: git annex get",
     b"PK\x03\x04": "a zip); unpack it",
+    gzip.compress(gzip.compress(b"x")): "packed by gzip, perhaps twice); unpack it once",
     b"\0" * 400: "zeros alone); download it again",
     b"\0" * 128 + b"DICM": "DICOM); give the folder of the series",
     b"x" * 400: "its first bytes are not a NIfTI header); restore the file",

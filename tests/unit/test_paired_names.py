@@ -122,6 +122,17 @@ def test_folders_of_files_with_the_same_names_are_patients(tmp_path: Path) -> No
     assert found.survey.notes[0].startswith("the files of each of 3 folders count as one patient's, as those of p0; ")
 
 
+def test_images_without_labels_are_cases_where_they_are_wanted(tmp_path: Path) -> None:
+    for number in range(3):
+        _write(tmp_path / "data", _KITS[0], _KITS[1] if number else None, number)
+    found = _check(tmp_path / "data", modality="CT")
+    assert [one.case_id for one in found.cases] == ["case_00001", "case_00002"]
+    assert found.survey.notes[0] == "1 volumes are not read, since nothing in their folders is used: case_00000"
+    found = _check(tmp_path / "data", modality="CT", unlabelled="train")
+    assert [(one.case_id, one.is_labelled) for one in found.cases][:2] == [("case_00000", False), ("case_00001", True)]
+    assert not found.survey.notes
+
+
 def test_names_that_say_no_pair_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for number in range(2):

@@ -32,7 +32,8 @@ class Request:
     """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used,
     None for all; `channel`, `channels` and `fold`: for nnU-Net and MSD; `patient`: a pattern whose first group, in a
     case id, is the patient; `draws_splits`: the user wants other splits than the stated ones; `keep_ids`:
-    DICOM's own ids and file names are shown; `pixel_mm`: the side of a picture's pixel."""
+    DICOM's own ids and file names are shown; `pixel_mm`: the side of a picture's pixel; `unlabelled`: images without a
+    label are wanted, also where only labels show which files are images."""
 
     modalities: Sequence[str] | None = None
     modality: str | None = None
@@ -43,6 +44,7 @@ class Request:
     draws_splits: bool = False
     keep_ids: bool = False
     pixel_mm: float | None = None
+    unlabelled: bool = False
 
     def takes(self, modality: str) -> bool:
         """Whether cases of this modality are used."""

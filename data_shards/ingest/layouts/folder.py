@@ -170,7 +170,8 @@ def all_pairs(
     """The pairs, problems and notes; if no image has a label by `pairs`, those by words of their paths. The user's
     pattern for patients counts more than these."""
     cases, problems = pairs(root, stem_of)
-    found = paired_by_words(root, stem_of) if all(case.label is None for case in cases) else None
+    is_plain = any(case.label is not None for case in cases)
+    found = None if is_plain else paired_by_words(root, stem_of, with_unlabelled=request.unlabelled)
     if found is None or not found.cases:
         return cases, problems, ()
     cases = [_of_pattern(case, request.patient) if request.patient else case for case in found.cases]

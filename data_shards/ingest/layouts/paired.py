@@ -53,6 +53,11 @@ _ENDS_AS_IMAGE = re.compile(r"(?:[_-](?:images?|img)|_0000)$", re.I)
 _FIRST_CHANNEL = "0000"
 _NOT_OF_AN_ID = re.compile(r"[^A-Za-z0-9_-]+")
 
+_LIST_THEM = "list pairs in manifest.csv"
+_NAME_ALIKE = (
+    f"name image and label of a case alike, or {_LIST_THEM}; merge a second label of an image, or take it away"
+)
+
 _Words = tuple[str, ...]
 
 
@@ -69,13 +74,13 @@ class Paired:
         """Why these are pairs, by an example; None if there are none."""
         if not self.cases:
             return None
-        image, label = self.cases[0].files
+        image, label = next(case.files for case in self.cases if case.label is not None)
         return f"{len(self.cases)} images have a label by their names, as {image.name} has {label.name}"
 
 
-def paired_by_words(root: Path, stem_of: StemOf) -> Paired:
-    """Every label below `root` with its image. Images without a label are left out, and notes say so. If no paths
-    agree, names of files alone may, as long as each is there once."""
+def paired_by_words(root: Path, stem_of: StemOf, *, with_unlabelled: bool = False) -> Paired:
+    """Every label below `root` with its image. Images without a label are left out, and notes say so, or are cases too.
+    If no paths agree, names of files alone may, as long as each is there once."""
     found_files = [(path.relative_to(root), name) for path, name in _files(root, stem_of)]
     num_common = len(Path(os.path.commonpath([below.parent for below, _ in found_files] or [Path()])).parts)
     files = [_File.of(below, name, num_common) for below, name in found_files]
@@ -87,13 +92,12 @@ def paired_by_words(root: Path, stem_of: StemOf) -> Paired:
     problems = [problem for one in found for problem in one.problems(root)]
     if without := [str(one.below) for one in labels if one.below not in used]:
         value = f"{len(without)} without an image: {', '.join(without[:3])}"
-        remedy = (
-            "name image and label of a case alike, or list both in manifest.csv; merge a second label of an image, "
-        )
-        remedy += "or take it away"
-        problems.append(Problem(str(root), "labels", value, remedy))
+        problems.append(Problem(str(root), "labels", value, _NAME_ALIKE))
+    others = [one for one in images if one.below not in used]
+    if with_unlabelled:
+        found, others = [*found, *(_Pair([], "", [one]) for one in others)], []
     cases = _cases(root, found)
-    notes = (*_unlabelled_notes(images, used), *_name_notes(found, cases), *_patient_notes(found))
+    notes = (*_unlabelled_notes(others, used), *_name_notes(found, cases), *_patient_notes(found))
     return Paired(tuple(cases), tuple(problems), notes)
 
 
@@ -173,7 +177,7 @@ class _Pair:
         for files in (self.images, self.labels):
             if len(files) > 1:
                 value = f"{' and '.join(str(one.below) for one in files[:2])} are of one case by their names"
-                yield Problem(str(root), "files", value, "keep the one that is meant, or list pairs in manifest.csv")
+                yield Problem(str(root), "files", value, f"keep the one that is meant, or {_LIST_THEM}")
 
 
 def _role(name: str) -> str:
@@ -231,7 +235,7 @@ def _cases(root: Path, found: list[_Pair]) -> list[Case]:
             pair.modality,
             pair.split if is_stated else "",
             root / pair.below,
-            root / pair.labels[0].below,
+            root / pair.labels[0].below if pair.labels else None,
             patient=patient,
             is_flat=True,
         )
@@ -289,9 +293,9 @@ def _patient_notes(found: list[_Pair]) -> Iterator[str]:
 def _unlabelled_notes(images: list[_File], used: set[Path]) -> Iterator[str]:
     """Of images in folders of which others are used; whole folders of which nothing is used are named anyway."""
     folders = {one.parent for one in used}
-    if found := [str(one.below) for one in images if one.below not in used and one.below.parent in folders]:
+    if found := [str(one.below) for one in images if one.below.parent in folders]:
         what = f"{len(found)} files are not read, since no label is named like them: {', '.join(found[:3])}"
-        yield f"{what}; list pairs in manifest.csv if that is wrong"
+        yield f"{what}; {_LIST_THEM} if that is wrong"
 
 
 def _name_notes(found: list[_Pair], cases: list[Case]) -> Iterator[str]:
