@@ -98,7 +98,7 @@ def test_a_run_folder_is_on_this_machine(
 ) -> None:
     """pathlib makes one slash of two: a run in the folder `s3:` here is not what was asked for."""
     monkeypatch.chdir(tmp_path)
-    for command in ("train", "sample", "evaluate"):
+    for command in ("train", "sample"):
         assert main([command, "--run", "s3://bucket/run", "--data", str(shapes), "--dry-run"]) == 2
         assert "--run: s3://bucket/run; give a folder on this machine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
