@@ -53,6 +53,15 @@ def ended_by_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def take_back_signals() -> None:
+    """Set the handlers of `ended_by_signals` again after a library has set its own below Python, as Ray does: it prints
+    where in its code the signal came."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is _end:
+                signal.signal(number, _end)
+
+
 def ending(number: int | None = None) -> tuple[str, int]:
     """How this command was ended, in words, and its exit code. `number`: the signal; None: the one that it got in
     `ended_by_signals`, else Ctrl-C."""

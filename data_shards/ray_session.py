@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from data_shards.end_signals import take_back_signals
 from data_shards.host_memory import cpu_quota
 from data_shards.liveness import kill
 from data_shards.problems import problem
@@ -213,6 +214,7 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
                 raise problem(where, "start", f"did not start within {START_TIMEOUT_S:.0f} s", remedy)
         if failed:
             raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
+        take_back_signals()
         yield
     finally:
         is_starting = not is_there.is_set()

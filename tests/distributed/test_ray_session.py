@@ -45,6 +45,23 @@ with ray_session(num_cpus=2):
         assert not file.startswith(os.getcwd()), file
 print("looked")
 """
+ENDED_DRIVER = """
+import sys, time
+from pathlib import Path
+from data_shards.end_signals import ended_by_signals
+from data_shards.fan_out import fan_out
+from segdiff_dist.exit_status import ExitStatus
+
+def make_worker():
+    def work(begun):
+        Path(begun).touch()
+        time.sleep(60)
+    return work
+
+with ended_by_signals(), ExitStatus() as status:
+    list(fan_out(make_worker, [sys.argv[1]], num_workers=1, address="local"))
+raise SystemExit(status.code)
+"""
 
 
 def below() -> list[psutil.Process]:
@@ -101,6 +118,34 @@ def test_workers_do_not_search_the_current_folder(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, driver], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout == "looked\n", done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_ends_it_in_order(whole_group: bool, tmp_path: Path) -> None:
+    """Of the driver alone, as by `kill`, or of Ray's processes too, as by `timeout`, which sends the driver two."""
+    begun, folder = tmp_path / "begun", Path(tempfile.mkdtemp(dir="/tmp"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED_DRIVER, begun],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    deadline = time.monotonic() + 180
+    while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.poll() is None, process.communicate()[1]
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert said.splitlines()[-1] == "ended by SIGTERM; the same command continues from here"
+    assert "SIGTERM received" not in said, "of Ray's own handler"
+    assert process.returncode == 143
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert not list(folder.iterdir())
+    folder.rmdir()
 
 
 def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
