@@ -25,21 +25,8 @@ from data_shards.ingest.splits import MOST_SCANS
 from data_shards.modalities import in_order
 from data_shards.problems import Problem
 
-_OF_IMAGES = {
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "imaging",
-    "volume",
-    "volumes",
-    "vol",
-    "scan",
-    "scans",
-    "raw",
-    "rawdata",
-}
-_OF_IMAGES |= {"data"}
+_OF_IMAGES = {"image", "images", "img", "imgs", "imaging", "volume", "volumes", "vol", "scan", "scans"}
+_OF_IMAGES |= {"raw", "rawdata", "data"}
 _OF_LABELS = {"label", "labels", "seg", "segs", "segmentation", "segmentations", "mask", "masks", "msk", "gt"}
 _OF_LABELS |= {"ground", "truth", "derivatives"}
 # What BIDS says of a label beside the name of its image (BIDS 1.10, "Derivatives").
