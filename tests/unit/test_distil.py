@@ -209,7 +209,7 @@ def test_a_student_is_an_ordinary_run(teacher: Path, tmp_path: Path, capsys: pyt
     assert main(["paint", "--example", "--mask", str(tmp_path / "mask.png")]) == 0
     for model in (student, tmp_path / "pipeline"):
         assert main(["paint", "--model", str(model), *steps, "--modality", "CT"]) == 2
-        assert "num_steps: 8; the net was distilled to 2 steps of ddim: give 2" in capsys.readouterr().err
+        assert "--steps: 8; the net was distilled to 2 steps of ddim: give 2" in capsys.readouterr().err
     assert main(["sample", "--run", str(student), "--config", "demo", "--data", "x"]) == 2
     capsys.readouterr()
 

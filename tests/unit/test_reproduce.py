@@ -140,7 +140,7 @@ def test_what_cannot_be_used_is_said_before_work(
     assert "loader.axes" in said
     assert "run: not of the columns" in said
     assert main(["reproduce", "table1", "--amos", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
-    assert "data folder: not a folder" in capsys.readouterr().err
+    assert "data folder: there is nothing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
